@@ -1,0 +1,34 @@
+"""The one error that means "the request cannot be carried out as asked", and its shape on a command line.
+
+Every check of user input in the package raises :class:`UsageError` with a message that names the argument, the value
+that was given and what would have been accepted. Commands wrap their set-up in :func:`report_usage_errors`, so that a
+person at a terminal reads one line and not a traceback, and a script gets exit status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UsageError(ValueError):
+    """An argument, a file or a combination of them that the package cannot work with.
+
+    The message names the argument, its value and what is accepted. A subclass of :class:`ValueError`, so that code which
+    catches those keeps working.
+    """
+
+
+@contextmanager
+def report_usage_errors(program: str) -> Iterator[None]:
+    """Turn a :class:`ValueError` or missing file raised in the body into ``program: error: ...`` and exit status 2.
+
+    Meant for the set-up phase of a command (arguments, data, model), before any training: an error in a training step
+    is a bug and keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

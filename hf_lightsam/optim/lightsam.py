@@ -1,0 +1,104 @@
+"""LightSAM: sharpness-aware minimization whose radius and learning rate both adapt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .rules import AdaGrad, AdaGradNorm, Adam, Rule
+from .rules.base import Group
+from .sharpness_aware import RHO_SCALES, SharpnessAwareOptimizer
+from .validation import Params, check_choice, check_kernels
+
+VARIANTS: dict[str, type[Rule]] = {"adam": Adam, "adagrad": AdaGrad, "adagrad_norm": AdaGradNorm}
+
+
+class LightSAM(SharpnessAwareOptimizer):
+    r"""LightSAM (arXiv 2505.24399): the ascent and the descent are each a step of the same adaptive optimizer.
+
+    With :math:`s_t` the gradient at the weights :math:`x_t` and :math:`g_t` the gradient of the same minibatch at the
+    perturbed weights :math:`w_t`:
+
+    ==================  ===========================================  ============================================
+    ``variant``         ascent                                       descent
+    ==================  ===========================================  ============================================
+    ``"adagrad_norm"``  I: u += norm(s)^2, w = x + rho s / sqrt(u)   v += norm(g)^2, x -= lr g / sqrt(v)
+    ``"adagrad"``       II: u += s*s,      w = x + rho s / sqrt(u)   v += g*g,       x -= lr g / sqrt(v)
+    ``"adam"``          III: r, u = EMA of s, s*s,                   m, v = EMA of g, g*g,
+                        w = x + rho r / sqrt(u)                      x -= lr m / sqrt(v)
+    ==================  ===========================================  ============================================
+
+    Accumulators start at ``eps**2`` and nothing is added in a denominator. With ``rho_scale="coordinate"`` and the
+    options that follow from it this is the paper to the letter. The default, ``rho_scale="global"``, keeps the
+    directions and their adaptation and changes units, so that one setting serves models of any size:
+
+    ================  ======================================  ====================================================
+    \                 ``rho_scale="coordinate"`` (the paper)  ``rho_scale="global"`` (the default)
+    ================  ======================================  ====================================================
+    rho, II and III   length for each weight                  length of the whole perturbation: rho / sqrt(d) each
+    rho, I            length of the whole perturbation        the same
+    lr, II and III    length for each weight                  the same
+    lr, I             length of the whole step                length for each weight: lr * sqrt(d) for the whole
+    moments of III    no bias correction                      bias correction, as in Adam
+    ================  ======================================  ====================================================
+
+    Args:
+        params: Parameters or parameter groups; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. A group may
+            have its own ``lr``, ``rho``, ``weight_decay``, ``betas``, ``eps``.
+        lr: Learning rate, at least 0. Default: 5e-5.
+        rho: Radius of the perturbation, at least 0; with 0 no perturbation is made. Default: 0.05.
+        variant: ``"adam"`` (III), ``"adagrad"`` (II) or ``"adagrad_norm"`` (I). Default: ``"adam"``.
+        betas: Decay rates of the moments of III, of both movements, each in [0, 1). Default: (0.9, 0.999).
+        eps: Square root of the accumulators' start, above 0. Default: 1e-8.
+        weight_decay: Decoupled weight decay of the descent, at the restored weights. Default: 0.
+        rho_scale: ``"global"`` or ``"coordinate"``, as in the table above. Default: ``"global"``.
+        bias_correction: For III only: override what follows from ``rho_scale``.
+        foreach: Use torch's multi-tensor kernels in both movements.
+        fused: Use torch's fused kernels in both movements. Default, with both None: fused where the device has them.
+
+    Memory beyond the weights and gradients: one copy of the perturbed weights, and state of 0 (I), 2 (II) or 4 (III)
+    copies. Cost: two gradients a step.
+
+    Raises:
+        UsageError: For an option out of range, an unknown variant or scale, or a parameter of another dtype.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 5e-5,
+        rho: float = 0.05,
+        variant: str = "adam",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rho_scale: str = "global",
+        bias_correction: bool | None = None,
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        check_choice("variant", variant, tuple(VARIANTS))
+        check_choice("rho_scale", rho_scale, RHO_SCALES)
+        check_choice("bias_correction", bias_correction, (None, True, False))
+        check_kernels(foreach, fused)
+        to_the_letter = rho_scale == "coordinate"
+        options: dict[str, Any] = {"eps": eps, "foreach": foreach, "fused": fused}
+        descent_options: dict[str, Any] = {"weight_decay": weight_decay}
+        if variant == "adam":
+            options |= {
+                "betas": betas,
+                "bias_correction": not to_the_letter if bias_correction is None else bias_correction,
+            }
+        elif variant == "adagrad_norm":
+            descent_options["lr_scale"] = "global" if to_the_letter else "coordinate"
+        rule = VARIANTS[variant]
+
+        def make_ascent(groups: list[Group]) -> Rule:
+            return rule(groups, 0.0, maximize=True, **options)
+
+        def make_descent(groups: list[Group]) -> Rule:
+            return rule(groups, lr, **options, **descent_options)
+
+        # Form I's radius is that of the whole perturbation already.
+        scale = "coordinate" if variant == "adagrad_norm" else rho_scale
+        super().__init__(params, rho, make_ascent, make_descent, rho_scale=scale)

@@ -1,0 +1,14 @@
+"""The movements of the family, one small file each: every one is an ordinary ``torch.optim.Optimizer``.
+
+A rule serves both as the *descent* (``step`` lowers the loss) and, with ``maximize=True`` and the radius ``rho`` in the
+place of the learning rate, as the *ascent* from which :class:`~hf_lightsam.optim.SharpnessAwareOptimizer` takes its
+perturbation.
+"""
+
+from .adagrad import AdaGrad
+from .adagrad_norm import AdaGradNorm
+from .adam import Adam
+from .base import Rule
+from .normalized_gradient import NormalizedGradient
+
+__all__ = ["AdaGrad", "AdaGradNorm", "Adam", "NormalizedGradient", "Rule"]

@@ -1,0 +1,212 @@
+"""What all rules share: collecting parameters, choosing kernels, and skipping a step on the device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import UsageError
+from ..tensors import local, total_norm
+from ..validation import Params, check_kernels, check_number, check_parameter
+
+Group = dict[str, Any]
+
+FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+"""Device types for which torch 2.13 has fused optimizer kernels; elsewhere the default is foreach."""
+
+
+@dataclass
+class Kernels:
+    """Which of torch's implementations a call uses, and the flag with which fused ones skip a step on the device."""
+
+    foreach: bool
+    fused: bool
+    found_inf: Tensor | None
+
+
+class Rule(torch.optim.Optimizer, ABC):
+    """A paper-exact update, built on the kernels of torch's own optimizers.
+
+    Unlike ``torch.optim``'s namesakes the rules start their accumulators at ``eps**2``, add nothing to a denominator
+    and decouple the weight decay in all forms.
+
+    Args:
+        params: Parameters or parameter groups, as for any torch optimizer. Floating dtype of at least 16 bits with the
+            exponent of float32 (float32, float64, bfloat16).
+        lr: Step size; for an ascent, the radius. At least 0.
+        weight_decay: Decoupled weight decay: parameters are multiplied by ``1 - lr * weight_decay`` first.
+        maximize: Move against the sign of a descent: with it the rule climbs.
+        foreach: Use torch's multi-tensor kernels.
+        fused: Use torch's fused kernels. With both at None: fused where the device has them, else foreach.
+        **options: The options of the subclass, each per parameter group.
+
+    Raises:
+        UsageError: For an option out of range or a parameter of another dtype.
+    """
+
+    shared_options: ClassVar[tuple[str, ...]] = ()
+    """Group options that an ascent takes over from the parameter group it perturbs, at each step."""
+
+    scale_on_device: ClassVar[bool] = False
+    """Whether the length of the step is a tensor, known on the device only."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **options: Any,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            **options,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)  # type: ignore[arg-type]  # torch's ParamsT, less strict about iterables
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`; options are checked."""
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            self._check_group(group)
+            for parameter in group["params"]:
+                check_parameter(parameter)
+        except UsageError:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: Group) -> None:
+        check_number("lr", group["lr"])
+        check_number("weight_decay", group["weight_decay"])
+        check_kernels(group["foreach"], group["fused"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step along the current gradients; parameters without a gradient stay as they are.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss, as for any torch optimizer.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._move(self.param_groups, None, None)
+        return loss
+
+    @torch.no_grad()
+    def ascend(self, groups: Sequence[Group], grad_norm: Tensor) -> None:
+        """Move the parameters of ``groups`` by the perturbation, unless ``grad_norm`` is zero or not finite.
+
+        Args:
+            groups: Those of ``self.param_groups`` that are perturbed in this step.
+            grad_norm: L2 norm of all their gradients, a scalar tensor. Where it is 0, infinite or NaN neither
+                parameters nor state change: fused kernels decide so on the device, the others wait for the value.
+        """
+        skip = ~(torch.isfinite(grad_norm) & (grad_norm > 0))
+        self._move(groups, grad_norm, skip)
+
+    def _move(self, groups: Sequence[Group], grad_norm: Tensor | None, skip: Tensor | None) -> None:
+        members = [
+            (group, parameters)
+            for group in groups
+            for parameters in by_device([p for p in group["params"] if p.grad is not None])
+        ]
+        if not members:
+            return
+        for group, parameters in members:
+            for parameter in parameters:
+                check_gradient(parameter)
+                if not self.state[parameter]:
+                    self._init_state(parameter, group)
+        fused = [self._use_fused(group, parameters) for group, parameters in members]
+        if skip is not None and not all(fused) and bool(skip):  # kernels that cannot skip on the device: one sync
+            return
+        self._prepare([p for _, parameters in members for p in parameters], grad_norm, skip)
+        for (group, parameters), is_fused in zip(members, fused, strict=True):
+            foreach = not is_fused and group["foreach"] is not False
+            weights = local(parameters)
+            found_inf = skip.to(weights[0].device, torch.float32) if skip is not None and is_fused else None
+            if group["weight_decay"]:
+                torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+            gradients = local([p.grad for p in parameters if p.grad is not None])
+            self._update(group, parameters, weights, gradients, Kernels(foreach, is_fused, found_inf))
+
+    def _use_fused(self, group: Group, parameters: Sequence[Tensor]) -> bool:
+        if self.scale_on_device and any(p.dtype == torch.float64 and p.device.type != "cpu" for p in parameters):
+            return False  # accelerators' fused kernels read a scale on the device as float32
+        if group["fused"] is not None:
+            return bool(group["fused"])
+        return group["foreach"] is None and all(p.device.type in FUSED_DEVICES for p in parameters)
+
+    def _step_device(self, parameter: Tensor, group: Group) -> torch.device:
+        """Return where a parameter's step count lives: beside it only where a fused kernel reads it there."""
+        return parameter.device if self._use_fused(group, [parameter]) else torch.device("cpu")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as :meth:`torch.optim.Optimizer.load_state_dict`; step counts go where this device's kernels want them."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = state["step"].to(self._step_device(parameter, group))
+
+    def _local_state(self, parameters: Sequence[Tensor], key: str) -> list[Tensor]:
+        return local([self.state[p][key] for p in parameters])
+
+    def _init_state(self, parameter: Tensor, group: Group) -> None:
+        """Create the state tensors of one parameter (default: there are none)."""
+
+    def _prepare(self, parameters: Sequence[Tensor], grad_norm: Tensor | None, skip: Tensor | None) -> None:
+        """Do what needs all parameters at once, before the groups move (default: nothing)."""
+
+    @abstractmethod
+    def _update(
+        self,
+        group: Group,
+        parameters: Sequence[Tensor],
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        kernels: Kernels,
+    ) -> None:
+        """Move ``weights`` along ``gradients``, in place: the local shards of ``parameters``, all on one device."""
+
+
+def gradient_norm(parameters: Sequence[Tensor], grad_norm: Tensor | None) -> Tensor:
+    """Return ``grad_norm`` if it is known already, else the norm of the parameters' gradients."""
+    return grad_norm if grad_norm is not None else total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Split tensors by device, keeping their order."""
+    lists: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        lists.setdefault(tensor.device, []).append(tensor)
+    return list(lists.values())
+
+
+def check_gradient(parameter: Tensor) -> None:
+    """Refuse a sparse gradient: norms, accumulators and restores here are of whole tensors."""
+    assert parameter.grad is not None
+    if parameter.grad.is_sparse:
+        raise UsageError(
+            f"params: the gradient of a parameter of shape {tuple(parameter.shape)} is sparse; expected a dense one "
+            "(for an embedding pass sparse=False)"
+        )

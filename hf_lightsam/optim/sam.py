@@ -1,0 +1,74 @@
+"""SAM: sharpness-aware minimization with a fixed radius, over any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from .rules import NormalizedGradient, Rule
+from .rules.base import Group
+from .sharpness_aware import SharpnessAwareOptimizer
+from .validation import Params, check_choice, check_kernels
+
+DESCENTS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+}
+"""Names under which :class:`SAM` finds a descent optimizer."""
+
+
+class SAM(SharpnessAwareOptimizer):
+    r"""SAM (Foret et al., arXiv 2010.01412): climb ``rho`` along the gradient, descend from where one was.
+
+    .. math:: w_t = x_t + \rho \, s_t / (\lVert s_t \rVert_2 + 10^{-12}), \qquad
+        x_{t+1} = \text{descent step from } x_t \text{ with the gradient at } w_t
+
+    The norm is over all perturbed parameters, whatever their group. ``SAM(parameters, torch.optim.SGD, lr=0.1,
+    momentum=0.9)`` and ``SAM(parameters, "adamw", lr=2e-5)`` are both valid.
+
+    Args:
+        params: Parameters or parameter groups; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`.
+        descent: A torch optimizer class, another callable that makes one from parameter groups and options, or one of
+            ``"adamw"``, ``"adam"``, ``"sgd"``, ``"adagrad"``. Default: ``"adamw"``.
+        rho: Length of the perturbation of the whole model, at least 0. Default: 0.05.
+        foreach: Use torch's multi-tensor kernels for the ascent.
+        fused: Use torch's fused kernels for the ascent. Default, with both None: fused where the device has them.
+        **descent_options: Handed to ``descent`` (``lr``, ``weight_decay``, ``betas``, ``momentum``, ``fused`` through
+            ``descent=functools.partial(...)``).
+
+    Memory beyond the descent's: one copy of the perturbed weights. Cost: two gradients a step.
+
+    Raises:
+        UsageError: For an option out of range, or an unknown descent.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        descent: str | Callable[..., torch.optim.Optimizer] = "adamw",
+        rho: float = 0.05,
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **descent_options: Any,
+    ) -> None:
+        check_kernels(foreach, fused)
+        make = DESCENTS[check_choice("descent", descent, tuple(DESCENTS))] if isinstance(descent, str) else descent
+        if not callable(make):
+            raise UsageError(f"descent={descent!r}: expected an optimizer class or one of {', '.join(DESCENTS)}")
+
+        def make_ascent(groups: list[Group]) -> Rule:
+            return NormalizedGradient(groups, 0.0, maximize=True, foreach=foreach, fused=fused)
+
+        def make_descent(groups: list[Group]) -> torch.optim.Optimizer:
+            try:
+                return make(groups, **descent_options)
+            except TypeError as error:
+                raise UsageError(f"descent={descent!r}: {error}") from error
+
+        super().__init__(params, rho, make_ascent, make_descent)

@@ -1,0 +1,372 @@
+"""The core of the package: an ascent rule, a descent optimizer and an exact restore, as one torch optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .rules import Rule
+from .rules.base import Group, check_gradient
+from .tensors import copy_, difference_norm, swap_, total_norm
+from .validation import Params, check_choice, check_number, check_parameter
+
+RHO_SCALES = ("global", "coordinate")
+ASCENT_PREFIX = "ascent_"
+"""Marks the ascent's tensors in :meth:`SharpnessAwareOptimizer.state_dict`."""
+
+MakeAscent = Callable[[list[Group]], Rule]
+MakeDescent = Callable[[list[Group]], torch.optim.Optimizer]
+
+
+class SharpnessAwareOptimizer(torch.optim.Optimizer):
+    """Takes the gradient with which it steps at weights that an *ascent* has perturbed.
+
+    .. code-block:: python
+
+        loss(batch).backward()           # the ascent gradient, at the weights
+        with optimizer.perturbed():      # the weights move up; on exit they are back, bit for bit
+            optimizer.zero_grad()
+            loss(batch).backward()       # the descent gradient, at the perturbed weights
+        optimizer.step()                 # the restored weights move down
+        optimizer.zero_grad()
+
+    or, for those who know SAM that way, ``optimizer.step(closure)``, where the closure clears the gradients, computes
+    the loss, calls ``backward`` and returns the loss. Without a perturbation ``step`` is the descent optimizer's.
+
+    The ascent is a :class:`~hf_lightsam.optim.rules.Rule` that maximizes with the radius ``rho`` for a learning rate;
+    the descent is any torch optimizer. Both see the same parameters, and ``param_groups`` are the descent's own, so that
+    a learning-rate scheduler, a ``GradScaler`` or Accelerate meet one set of groups. Subclasses name the pairs.
+
+    - A group with ``rho=0`` is not perturbed, nor is a parameter without a gradient; the latter is not stepped either.
+    - A zero, infinite or NaN ascent gradient gives no perturbation and leaves the ascent's state alone; fused kernels
+      decide that on the device, without waiting.
+    - Restoring copies saved weights back and subtracts nothing: exact in any dtype. The copy is allocated once.
+    - Weight decay belongs to the descent step, at the restored weights.
+
+    Args:
+        params: Parameters (float32, bfloat16 or float64) or parameter groups, which may have their own ``rho`` and
+            options of the descent (``lr``, ``weight_decay``, ...).
+        rho: Radius of the perturbation, at least 0. What it measures is the ascent rule's matter and ``rho_scale``'s.
+        make_ascent: Makes the ascent from parameter groups that share their lists of parameters with the descent's.
+        make_descent: Makes the descent from the parameter groups.
+        rho_scale: ``"coordinate"``: ``rho`` is handed to the ascent as it is. ``"global"``: divided by ``sqrt(d)``, d
+            the number of perturbed weights, so that for a rule that moves each weight by ``rho`` it is the length of
+            the whole perturbation.
+        **defaults: Further options of the groups, for subclasses to show what they are.
+
+    Attributes:
+        ascent: The ascent rule; its state is its own, and part of this optimizer's ``state_dict`` under ``ascent_``
+            names.
+        descent: The descent optimizer; ``state`` and ``param_groups`` are its own.
+        ascent_grad_norm: L2 norm of the last ascent gradient over all perturbed parameters (scalar tensor on the
+            device), None before the first.
+
+    Raises:
+        UsageError: For an option out of range, or a parameter of another dtype.
+    """
+
+    ascent: Rule
+    descent: torch.optim.Optimizer
+    ascent_grad_norm: Tensor | None
+
+    def __init__(
+        self,
+        params: Params,
+        rho: float,
+        make_ascent: MakeAscent,
+        make_descent: MakeDescent,
+        *,
+        rho_scale: str = "coordinate",
+        **defaults: Any,
+    ) -> None:
+        self._ready = False
+        super().__init__(params, {"rho": rho, "rho_scale": rho_scale, **defaults})  # type: ignore[arg-type]
+        self.descent = make_descent(self.param_groups)
+        self._share_groups()
+        self.defaults = {**self.descent.defaults, **self.defaults}
+        self.ascent = make_ascent([{"params": group["params"]} for group in self.param_groups])
+        self.ascent_grad_norm = None
+        self._perturbed: list[Tensor] = []
+        self._saved: list[Tensor] = []
+        self._buffers: dict[Tensor, Tensor] = {}
+        self._swapped = False
+        self._ready = True
+
+    def _share_groups(self) -> None:
+        """Make the descent's groups and state this optimizer's own: one list, one dict."""
+        self.param_groups = self.descent.param_groups
+        self.state = self.descent.state
+
+    # ---- Parameter groups -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group to both movements, as :meth:`torch.optim.Optimizer.add_param_group`."""
+        if not self._ready:  # called by torch's constructor; descent and ascent get the groups right after
+            super().add_param_group(param_group)
+            self._check_group(self.param_groups[-1])
+            return
+        self._refuse_while_perturbed("add_param_group")
+        for option in ("rho", "rho_scale"):
+            param_group.setdefault(option, self.defaults[option])
+        self.descent.add_param_group(param_group)
+        try:
+            self._check_group(param_group)
+        except UsageError:
+            self.param_groups.pop()
+            raise
+        self.ascent.add_param_group({"params": param_group["params"]})
+
+    def _check_group(self, group: Group) -> None:
+        check_number("rho", group["rho"])
+        check_choice("rho_scale", group["rho_scale"], RHO_SCALES)
+        for parameter in group["params"]:
+            check_parameter(parameter)
+
+    # ---- The ascent -------------------------------------------------------------------------------------------
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are away from where the next step starts."""
+        return bool(self._perturbed)
+
+    @property
+    def wants_ascent(self) -> bool:
+        """Whether any group has a radius: if not, the ascent gradient would serve nothing."""
+        return any(group["rho"] > 0 for group in self.param_groups)
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Save the weights, and move them along the gradients they hold; :meth:`restore` takes the move back.
+
+        Prefer :meth:`perturbed`, which cannot forget the restore.
+
+        Raises:
+            RuntimeError: If the weights are perturbed already.
+        """
+        self._refuse_while_perturbed("perturb")
+        groups = self._ascent_groups()
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            check_gradient(parameter)
+        self.ascent_grad_norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        root_of_size = math.sqrt(sum(p.numel() for p in parameters))
+        for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
+            group["lr"] = main["rho"] / (root_of_size if main["rho_scale"] == "global" else 1.0)
+        self._saved = [self._buffer(p) for p in parameters]
+        copy_(self._saved, parameters)
+        self._perturbed = parameters
+        try:
+            self.ascent.ascend(groups, self.ascent_grad_norm)
+        except BaseException:
+            self.restore()
+            raise
+
+    def _ascent_groups(self) -> list[Group]:
+        """Return the ascent's groups that have a radius, with the options that they share with the descent's."""
+        groups = []
+        for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
+            group["params"] = main["params"]
+            for option in self.ascent.shared_options:
+                if option in main:
+                    group[option] = main[option]
+            if main["rho"] > 0:
+                groups.append(group)
+        return groups
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        buffer = self._buffers.get(parameter)
+        if buffer is None or buffer.device != parameter.device or buffer.dtype != parameter.dtype:
+            buffer = torch.empty_like(parameter, requires_grad=False, memory_format=torch.preserve_format)
+            self._buffers[parameter] = buffer
+        return buffer
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back as they were before :meth:`perturb`, bit for bit. Does nothing when they are there."""
+        if not self._perturbed:
+            return
+        if not self._swapped:
+            copy_(self._perturbed, self._saved)
+        else:
+            self._swapped = False
+        self._perturbed, self._saved = [], []
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Hold the weights perturbed in the body; on exit they are back, also after an exception."""
+        self.perturb()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def suspend(self) -> None:
+        """Take the perturbation away for a while, so that weights can be read; :meth:`resume` brings it back."""
+        if self._perturbed and not self._swapped:
+            swap_(self._perturbed, self._saved)
+            self._swapped = True
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Bring a suspended perturbation back, bit for bit. Does nothing where there is none."""
+        if self._swapped:
+            swap_(self._perturbed, self._saved)
+            self._swapped = False
+
+    @torch.no_grad()
+    def perturbation_norm(self) -> Tensor:
+        """Return the L2 norm of the present perturbation of the whole model, a scalar tensor on the device.
+
+        It reads both copies of the weights once: for logging, now and then.
+
+        Raises:
+            RuntimeError: If the weights are not perturbed.
+        """
+        if not self._perturbed:
+            raise RuntimeError("perturbation_norm() is defined while the weights are perturbed: call it in perturbed()")
+        return difference_norm(self._perturbed, self._saved)
+
+    def _refuse_while_perturbed(self, method: str) -> None:
+        if self._perturbed:
+            raise RuntimeError(
+                f"{method}() was called while the weights are perturbed: leave the `with optimizer.perturbed():` block "
+                "(or call restore()) first"
+            )
+
+    # ---- The step ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the (restored) weights with the descent optimizer along the gradients they hold.
+
+        Args:
+            closure: If given, the whole method at once: called at the weights, for the ascent gradient, and at the
+                perturbed weights, for the descent gradient. It clears the gradients, computes the loss, calls
+                ``backward`` and returns the loss.
+
+        Returns:
+            The loss at the weights as they were before the step (not the perturbed loss) if a closure is given, else
+            None.
+
+        Raises:
+            RuntimeError: If the weights are perturbed.
+        """
+        self._refuse_while_perturbed("step")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+                if self.wants_ascent:
+                    with self.perturbed():
+                        closure()
+        self.descent.step()
+        return loss
+
+    # ---- State ------------------------------------------------------------------------------------------------
+
+    def _signature(self) -> dict[str, str]:
+        """Name the two movements: a checkpoint of others is refused."""
+        return {"ascent": type(self.ascent).__name__, "descent": type(self.descent).__name__}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of both movements in torch's form: the ascent's tensors under names with ``ascent_``."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state_dict = self.descent.state_dict()
+        ascent = self.ascent.state_dict()["state"]
+        states = {
+            key: {
+                **state_dict["state"].get(key, {}),
+                **{ASCENT_PREFIX + name: value for name, value in ascent.get(key, {}).items()},
+            }
+            for key in sorted({*state_dict["state"], *ascent}, key=str)
+        }
+        groups = [{**group, "sharpness_aware": self._signature()} for group in state_dict["param_groups"]]
+        state_dict = {**state_dict, "state": states, "param_groups": groups}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave; nothing changes if it does not fit.
+
+        Args:
+            state_dict: Of an optimizer with the same two movements over parameters of the same shapes.
+
+        Raises:
+            UsageError: If it comes from other movements, or tensors have other shapes.
+            ValueError: From torch, if the parameter groups differ in number or length.
+        """
+        self._refuse_while_perturbed("load_state_dict")
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._check_fits(state_dict)
+        descent_state: dict[Any, dict[str, Any]] = {}
+        ascent_state: dict[Any, dict[str, Any]] = {}
+        for key, state in state_dict["state"].items():
+            for name, value in state.items():
+                is_ascent = name.startswith(ASCENT_PREFIX)
+                target = ascent_state if is_ascent else descent_state
+                target.setdefault(key, {})[name.removeprefix(ASCENT_PREFIX)] = value
+        groups = [{k: v for k, v in group.items() if k != "sharpness_aware"} for group in state_dict["param_groups"]]
+        # The ascent's groups hold nothing of their own: all is set from the descent's at each step.
+        ascent_groups = [
+            {**group, "params": saved["params"]}
+            for group, saved in zip(self.ascent.state_dict()["param_groups"], groups, strict=True)
+        ]
+        self.descent.load_state_dict({**state_dict, "state": descent_state, "param_groups": groups})
+        self._share_groups()
+        self.ascent.load_state_dict({"state": ascent_state, "param_groups": ascent_groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_fits(self, state_dict: dict[str, Any]) -> None:
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError("loaded state dict has a different number of parameter groups")
+        for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            signature = saved.get("sharpness_aware")
+            if signature != self._signature():
+                raise UsageError(
+                    f"state_dict: parameter group {index} was saved by {signature or 'another kind of optimizer'}; "
+                    f"expected {self._signature()}: resume with the optimizer and variant that wrote the checkpoint"
+                )
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+                )
+            for key, parameter in zip(saved["params"], group["params"], strict=True):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
+                        raise UsageError(
+                            f"state_dict: {name} of parameter {key} has shape {tuple(value.shape)}; expected "
+                            f"{tuple(parameter.shape)}, that of the parameter"
+                        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickling and copying keep: both optimizers, without the saved weights' buffers."""
+        self._refuse_while_perturbed("pickle or deepcopy")
+        return {
+            **super().__getstate__(),
+            "ascent": self.ascent,
+            "descent": self.descent,
+            "ascent_grad_norm": self.ascent_grad_norm,
+            "_perturbed": [],
+            "_saved": [],
+            "_buffers": {},
+            "_swapped": False,
+            "_ready": True,
+        }
+

@@ -1,0 +1,59 @@
+"""Helpers over whole lists of tensors: norms, copies and swaps without a Python loop that waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the shard that this rank holds of each tensor (the tensor itself where it is not sharded).
+
+    Fused and foreach kernels act element by element, so on shards they need no communication; not all of them have a
+    sharding rule of their own (torch 2.13: ``_foreach_copy_`` has none). Call it under ``torch.no_grad()``, where
+    ``DTensor.to_local`` is a view on the shard and in-place kernels reach the parameter.
+    """
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all tensors taken as one vector, over all shards, as a scalar tensor on the first's device.
+
+    Accumulated in float32 at least: a bfloat16 norm would lose most of its digits.
+    """
+    plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    norms: list[Tensor] = []
+    for dtype in (torch.float32, torch.float64):
+        members = [tensor for tensor in plain if (tensor.dtype == torch.float64) == (dtype == torch.float64)]
+        if members:
+            norms.extend(torch._foreach_norm(members, 2.0, dtype=dtype))
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([norm.to(device, widest, non_blocking=True) for norm in norms]))
+
+
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target: exact, one kernel per device and dtype."""
+    torch._foreach_copy_(local(targets), local(sources))
+
+
+def swap_(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Exchange the contents of each pair of tensors, with one temporary of the size of the largest."""
+    for a, b in zip(local(first), local(second), strict=True):
+        temporary = a.clone()
+        a.copy_(b)
+        b.copy_(temporary)
+
+
+def difference_norm(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of ``first - second`` over all tensors, with one temporary of the size of the largest."""
+    norms = [total_norm([a - b]) for a, b in zip(first, second, strict=True)]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
