@@ -40,8 +40,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     the loss, calls ``backward`` and returns the loss. Without a perturbation ``step`` is the descent optimizer's.
 
     The ascent is a :class:`~hf_lightsam.optim.rules.Rule` that maximizes with the radius ``rho`` for a learning rate;
-    the descent is any torch optimizer. Both see the same parameters, and ``param_groups`` are the descent's own, so that
-    a learning-rate scheduler, a ``GradScaler`` or Accelerate meet one set of groups. Subclasses name the pairs.
+    the descent is any torch optimizer. Both see the same parameters, and ``param_groups`` are the descent's own, so
+    that a learning-rate scheduler, a ``GradScaler`` or Accelerate meet one set of groups. Subclasses name the pairs.
 
     - A group with ``rho=0`` is not perturbed, nor is a parameter without a gradient; the latter is not stepped either.
     - A zero, infinite or NaN ascent gradient gives no perturbation and leaves the ascent's state alone; fused kernels
@@ -86,7 +86,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         **defaults: Any,
     ) -> None:
         self._ready = False
-        super().__init__(params, {"rho": rho, "rho_scale": rho_scale, **defaults})  # type: ignore[arg-type]
+        super().__init__(params, {"rho": rho, "rho_scale": rho_scale, **defaults})
         self.descent = make_descent(self.param_groups)
         self._share_groups()
         self.defaults = {**self.descent.defaults, **self.defaults}
@@ -232,14 +232,16 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             RuntimeError: If the weights are not perturbed.
         """
         if not self._perturbed:
-            raise RuntimeError("perturbation_norm() is defined while the weights are perturbed: call it in perturbed()")
+            raise RuntimeError(
+                "perturbation_norm() is defined while the weights are perturbed: call it in perturbed()"
+            )
         return difference_norm(self._perturbed, self._saved)
 
     def _refuse_while_perturbed(self, method: str) -> None:
         if self._perturbed:
             raise RuntimeError(
-                f"{method}() was called while the weights are perturbed: leave the `with optimizer.perturbed():` block "
-                "(or call restore()) first"
+                f"{method}() was called while the weights are perturbed: leave the `with optimizer.perturbed():` "
+                "block (or call restore()) first"
             )
 
     # ---- The step ---------------------------------------------------------------------------------------------
@@ -369,4 +371,3 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             "_swapped": False,
             "_ready": True,
         }
-

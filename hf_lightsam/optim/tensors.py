@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the shard that this rank holds of each tensor (the tensor itself where it is not sharded).
 
@@ -21,7 +20,7 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of all tensors taken as one vector, over all shards, as a scalar tensor on the first's device.
+    """Return the L2 norm of all tensors taken as one vector, over all shards: a scalar on the first one's device.
 
     Accumulated in float32 at least: a bfloat16 norm would lose most of its digits.
     """

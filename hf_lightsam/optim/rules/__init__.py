@@ -1,8 +1,8 @@
 """The movements of the family, one small file each: every one is an ordinary ``torch.optim.Optimizer``.
 
-A rule serves both as the *descent* (``step`` lowers the loss) and, with ``maximize=True`` and the radius ``rho`` in the
-place of the learning rate, as the *ascent* from which :class:`~hf_lightsam.optim.SharpnessAwareOptimizer` takes its
-perturbation.
+A rule serves both as the *descent* (``step`` lowers the loss) and, with ``maximize=True`` and the radius ``rho`` in
+the place of the learning rate, as the *ascent* from which :class:`~hf_lightsam.optim.SharpnessAwareOptimizer` takes
+its perturbation.
 """
 
 from .adagrad import AdaGrad

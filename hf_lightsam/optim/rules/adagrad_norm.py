@@ -19,7 +19,8 @@ LR_SCALES = ("global", "coordinate")
 class AdaGradNorm(Rule):
     r"""AdaGrad with one scalar accumulator over all parameters.
 
-    .. math:: v_t = v_{t-1} + \lVert g_t \rVert^2, \qquad x_{t+1} = x_t - \eta \, g_t / \sqrt{v_t}, \qquad v_0 = \epsilon^2
+    .. math::
+        v_t = v_{t-1} + \lVert g_t \rVert^2, \qquad x_{t+1} = x_t - \eta \, g_t / \sqrt{v_t}, \qquad v_0 = \epsilon^2
 
     Nothing is added in the denominator. LightSAM (arXiv 2505.24399), form I.
 

@@ -40,8 +40,8 @@ class Adam(Rule):
             it the first steps are ``(1-beta1)/sqrt(1-beta2)`` times as long, 3.16 for the usual betas.
         **options: ``weight_decay``, ``maximize``, ``foreach``, ``fused`` of :class:`~hf_lightsam.optim.rules.Rule`.
 
-    State of each parameter: ``step`` (scalar, float32: steps taken), ``exp_avg`` and ``exp_avg_sq`` (shape and dtype of
-    the parameter).
+    State of each parameter: ``step`` (scalar, float32: steps taken), ``exp_avg`` and ``exp_avg_sq`` (shape and dtype
+    of the parameter).
     """
 
     shared_options = ("eps", "betas")
@@ -68,9 +68,7 @@ class Adam(Rule):
         state = self.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.float32, device=self._step_device(parameter, group))
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.full_like(
-            parameter, group["eps"] ** 2, memory_format=torch.preserve_format
-        )
+        state["exp_avg_sq"] = torch.full_like(parameter, group["eps"] ** 2, memory_format=torch.preserve_format)
 
     def _update(
         self,

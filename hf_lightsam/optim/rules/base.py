@@ -74,7 +74,7 @@ class Rule(torch.optim.Optimizer, ABC):
             "foreach": foreach,
             "fused": fused,
         }
-        super().__init__(params, defaults)  # type: ignore[arg-type]  # torch's ParamsT, less strict about iterables
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`; options are checked."""
@@ -149,8 +149,8 @@ class Rule(torch.optim.Optimizer, ABC):
             self._update(group, parameters, weights, gradients, Kernels(foreach, is_fused, found_inf))
 
     def _use_fused(self, group: Group, parameters: Sequence[Tensor]) -> bool:
-        if self.scale_on_device and any(p.dtype == torch.float64 and p.device.type != "cpu" for p in parameters):
-            return False  # accelerators' fused kernels read a scale on the device as float32
+        if self.scale_on_device and not all(_fused_sgd_is_right(p) for p in parameters):
+            return False
         if group["fused"] is not None:
             return bool(group["fused"])
         return group["foreach"] is None and all(p.device.type in FUSED_DEVICES for p in parameters)
@@ -160,7 +160,7 @@ class Rule(torch.optim.Optimizer, ABC):
         return parameter.device if self._use_fused(group, [parameter]) else torch.device("cpu")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as :meth:`torch.optim.Optimizer.load_state_dict`; step counts go where this device's kernels want them."""
+        """Load as :meth:`torch.optim.Optimizer.load_state_dict`; step counts go where the kernels want them."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -192,6 +192,16 @@ class Rule(torch.optim.Optimizer, ABC):
 def gradient_norm(parameters: Sequence[Tensor], grad_norm: Tensor | None) -> Tensor:
     """Return ``grad_norm`` if it is known already, else the norm of the parameters' gradients."""
     return grad_norm if grad_norm is not None else total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def _fused_sgd_is_right(parameter: Tensor) -> bool:
+    """Whether torch's fused SGD kernel computes a step of a parameter rightly, with a tensor for a learning rate.
+
+    On CPUs torch 2.12 and 2.13 leave most of a bfloat16 parameter as it was (pytorch issue 191763); accelerators read
+    the learning rate as float32, too coarse for float64.
+    """
+    wrong = torch.bfloat16 if parameter.device.type == "cpu" else torch.float64
+    return parameter.dtype != wrong
 
 
 def by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
