@@ -1,7 +1,25 @@
-"""hf_lightsam: sharpness-aware fine-tuning with no radius to tune, for Hugging Face Transformers."""
+"""hf_lightsam: sharpness-aware fine-tuning with no radius to tune, for Hugging Face Transformers.
 
+Importing it makes ``TrainingArguments(optim="lightsam_adam")`` and the family's other names valid.
+"""
+
+from .callbacks import StopOnInterrupt
 from .errors import UsageError
 from .optim import SAM, LightSAM, SharpnessAwareOptimizer
+from .optim.recipes import RECIPES, optimizer_cls_and_kwargs
+from .trainer import LightSAMTrainer, SharpnessAwareMixin
+from .training_args import LightSAMTrainingArguments
 
-__all__ = ["SAM", "LightSAM", "SharpnessAwareOptimizer", "UsageError"]
+__all__ = [
+    "RECIPES",
+    "SAM",
+    "LightSAM",
+    "LightSAMTrainer",
+    "LightSAMTrainingArguments",
+    "SharpnessAwareMixin",
+    "SharpnessAwareOptimizer",
+    "StopOnInterrupt",
+    "UsageError",
+    "optimizer_cls_and_kwargs",
+]
 __version__ = "0.1.0.dev0"

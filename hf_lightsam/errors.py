@@ -15,8 +15,8 @@ from contextlib import contextmanager
 class UsageError(ValueError):
     """An argument, a file or a combination of them that the package cannot work with.
 
-    The message names the argument, its value and what is accepted. A subclass of :class:`ValueError`, so that code which
-    catches those keeps working.
+    The message names the argument, its value and what is accepted. A subclass of :class:`ValueError`, so that code
+    which catches those keeps working.
     """
 
 

@@ -37,7 +37,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         optimizer.zero_grad()
 
     or, for those who know SAM that way, ``optimizer.step(closure)``, where the closure clears the gradients, computes
-    the loss, calls ``backward`` and returns the loss. Without a perturbation ``step`` is the descent optimizer's.
+    the loss, calls ``backward`` and returns the loss. A ``step`` that no perturbation precedes is refused, since it
+    would silently be the descent optimizer alone; ``rho=0`` in all groups says that this is meant.
 
     The ascent is a :class:`~hf_lightsam.optim.rules.Rule` that maximizes with the radius ``rho`` for a learning rate;
     the descent is any torch optimizer. Both see the same parameters, and ``param_groups`` are the descent's own, so
@@ -96,6 +97,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._saved: list[Tensor] = []
         self._buffers: dict[Tensor, Tensor] = {}
         self._swapped = False
+        self._ascended = False
         self._ready = True
 
     def _share_groups(self) -> None:
@@ -150,6 +152,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             RuntimeError: If the weights are perturbed already.
         """
         self._refuse_while_perturbed("perturb")
+        self._ascended = True
         groups = self._ascent_groups()
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         if not parameters:
@@ -232,9 +235,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             RuntimeError: If the weights are not perturbed.
         """
         if not self._perturbed:
-            raise RuntimeError(
-                "perturbation_norm() is defined while the weights are perturbed: call it in perturbed()"
-            )
+            raise RuntimeError("perturbation_norm() is defined while the weights are perturbed: call it in perturbed()")
         return difference_norm(self._perturbed, self._saved)
 
     def _refuse_while_perturbed(self, method: str) -> None:
@@ -260,7 +261,9 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             None.
 
         Raises:
-            RuntimeError: If the weights are perturbed.
+            RuntimeError: If the weights are perturbed, or were not perturbed since the last step though a group has a
+                radius (and a learning rate: with ``lr=0`` nothing would move, as when torch's distributed checkpoints
+                call ``step`` to make the state exist).
         """
         self._refuse_while_perturbed("step")
         loss = None
@@ -270,6 +273,14 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                 if self.wants_ascent:
                     with self.perturbed():
                         closure()
+        if not self._ascended and self.wants_ascent and any(group["lr"] > 0 for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}.step() was called without a perturbation since the last step, which would be "
+                "plain descent. Take the gradient inside `with optimizer.perturbed():`, or call step(closure). In the "
+                "Transformers Trainer use hf_lightsam.LightSAMTrainer, which runs both passes. For plain descent set "
+                "rho=0 in all parameter groups"
+            )
+        self._ascended = False
         self.descent.step()
         return loss
 
@@ -369,5 +380,6 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             "_saved": [],
             "_buffers": {},
             "_swapped": False,
+            "_ascended": self._ascended,
             "_ready": True,
         }

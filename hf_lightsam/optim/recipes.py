@@ -1,0 +1,214 @@
+"""The table of the family: each name of the ``optim`` flag, the optimizer that it makes and the options it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from .lightsam import LightSAM
+from .sam import DESCENTS, SAM
+from .sharpness_aware import RHO_SCALES, SharpnessAwareOptimizer
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one option is written in ``optim_args``.
+
+    Attributes:
+        parse: Makes the value from its text; raises ``ValueError`` for another text.
+        accepted: What is accepted, for messages.
+    """
+
+    parse: Callable[[str], Any]
+    accepted: str
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
+
+
+def _choice(accepted: tuple[str, ...]) -> Option:
+    def parse(text: str) -> str:
+        if text not in accepted:
+            raise ValueError(text)
+        return text
+
+    return Option(parse, " or ".join(accepted))
+
+
+_NUMBER = Option(float, "a number")
+_FLAG = Option(_boolean, "true or false")
+_RADIUS = {"rho": _NUMBER, "foreach": _FLAG, "fused": _FLAG}
+_ADAPTIVE = {**_RADIUS, "rho_scale": _choice(RHO_SCALES), "eps": _NUMBER}
+_MOMENTS = {"beta1": _NUMBER, "beta2": _NUMBER}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the table.
+
+    Attributes:
+        name: The value of the ``optim`` flag.
+        optimizer: The optimizer class.
+        summary: One line for help texts.
+        options: The options of ``optim_args`` by name; the typed fields of ``LightSAMTrainingArguments`` among them.
+        fixed: Arguments of the class that the name implies.
+        prepare: Turns options into the arguments of the class.
+    """
+
+    name: str
+    optimizer: type[SharpnessAwareOptimizer]
+    summary: str
+    options: Mapping[str, Option]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
+
+    def arguments(self, lr: float, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of :attr:`optimizer`, beside ``params``.
+
+        Args:
+            lr: Learning rate.
+            options: Values by the names in :attr:`options`.
+
+        Raises:
+            UsageError: For an option that the recipe does not take, or a value out of range.
+        """
+        for name in options:
+            if name not in self.options:
+                raise UsageError(f"{name}: not an option of {self.name}, which takes {', '.join(self.options)}")
+        arguments = {"lr": lr, **self.fixed, **self.prepare(_join_betas(dict(options)))}
+        self.optimizer([torch.zeros(1, requires_grad=True)], **arguments)  # the optimizer checks its own arguments
+        return arguments
+
+    def parse(self, text: str | None, argument: str = "optim_args") -> dict[str, Any]:
+        """Parse ``"rho=1e-3,rho_scale=coordinate"``.
+
+        Args:
+            text: Comma-separated ``name=value`` pairs; spaces do not count. None or empty: no options.
+            argument: What to call the text in messages.
+
+        Raises:
+            UsageError: If the text is no such list, names an unknown option or one twice, or a value does not parse.
+        """
+        options: dict[str, Any] = {}
+        for pair in (text or "").replace(" ", "").split(","):
+            if not pair and not text:
+                continue
+            name, separator, value = pair.partition("=")
+            if not (name and separator and value):
+                raise UsageError(f"{argument}={text!r}: {pair!r} is not of the form name=value (pairs part by commas)")
+            if name not in self.options:
+                raise UsageError(
+                    f"{argument}={text!r}: {name!r} is not an option of {self.name}, which takes "
+                    f"{', '.join(self.options)}"
+                )
+            if name in options:
+                raise UsageError(f"{argument}={text!r}: {name!r} is given twice; expected once")
+            try:
+                options[name] = self.options[name].parse(value)
+            except ValueError:
+                accepted = self.options[name].accepted
+                raise UsageError(f"{argument}={text!r}: {name}={value!r}: expected {accepted}") from None
+        return options
+
+
+def _join_betas(options: dict[str, Any]) -> dict[str, Any]:
+    """Replace ``beta1`` and ``beta2`` by ``betas``."""
+    if "beta1" in options or "beta2" in options:
+        options["betas"] = (options.pop("beta1", 0.9), options.pop("beta2", 0.999))
+    return options
+
+
+_DESCENT_OPTIONS: dict[str, tuple[str, ...]] = {
+    "adamw": ("betas", "eps"),
+    "adam": ("betas", "eps"),
+    "sgd": ("momentum",),
+    "adagrad": ("eps",),
+}
+
+
+def _prepare_sam(options: dict[str, Any]) -> dict[str, Any]:
+    """Hand each descent the options that it has: Adam's defaults come with every ``TrainingArguments``."""
+    descent = options.get("descent", "adamw")
+    taken = _DESCENT_OPTIONS.get(descent, ())
+    if "momentum" in options and "momentum" not in taken:
+        raise UsageError(
+            f"momentum={options['momentum']!r}: not an option of descent={descent!r}; descent='sgd' has it"
+        )
+    shared = ("descent", "rho", "foreach", "fused")
+    return {name: value for name, value in options.items() if name in shared or name in taken}
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "lightsam_adam",
+            LightSAM,
+            "LightSAM-III: both movements are Adam's (the default)",
+            {**_ADAPTIVE, **_MOMENTS, "bias_correction": _FLAG},
+            {"variant": "adam"},
+        ),
+        Recipe(
+            "lightsam_adagrad",
+            LightSAM,
+            "LightSAM-II: both movements are AdaGrad's",
+            _ADAPTIVE,
+            {"variant": "adagrad"},
+        ),
+        Recipe(
+            "lightsam_adagrad_norm",
+            LightSAM,
+            "LightSAM-I: both movements are AdaGrad-Norm's",
+            _ADAPTIVE,
+            {"variant": "adagrad_norm"},
+        ),
+        Recipe(
+            "sam",
+            SAM,
+            "SAM: a fixed radius along the normalised gradient, over a torch optimizer",
+            {**_RADIUS, "descent": _choice(tuple(DESCENTS)), **_MOMENTS, "eps": _NUMBER, "momentum": _NUMBER},
+            prepare=_prepare_sam,
+        ),
+    )
+}
+"""Name of the ``optim`` flag to recipe."""
+
+
+def get_recipe(name: str) -> Recipe:
+    """Return the recipe of a name.
+
+    Raises:
+        UsageError: For a name that is not in :data:`RECIPES`.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"optim={name!r}: expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def optimizer_cls_and_kwargs(
+    name: str = "lightsam_adam", *, lr: float = 5e-5, **options: Any
+) -> tuple[type[SharpnessAwareOptimizer], dict[str, Any]]:
+    """Return what the Trainer's argument ``optimizer_cls_and_kwargs`` takes.
+
+    .. code-block:: python
+
+        LightSAMTrainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs("lightsam_adam", rho=0.1))
+
+    Args:
+        name: A name of :data:`RECIPES`.
+        lr: Learning rate.
+        **options: Options of the recipe: ``rho``, ``rho_scale``, ``beta1``, ``beta2``, ``eps``, ...
+
+    Raises:
+        UsageError: For an unknown name or option, or a value out of range.
+    """
+    recipe = get_recipe(name)
+    return recipe.optimizer, recipe.arguments(lr, options)

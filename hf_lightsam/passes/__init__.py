@@ -1,0 +1,7 @@
+"""Gradient plans: which gradients a step takes, on which rows and ranks. One file a plan."""
+
+from .rng import RngState
+from .running_statistics import frozen_running_statistics, modules_with_running_statistics
+from .two_pass import TwoPass
+
+__all__ = ["RngState", "TwoPass", "frozen_running_statistics", "modules_with_running_statistics"]

@@ -1,0 +1,96 @@
+"""The plan of SAM and LightSAM: an ascent gradient and a descent gradient, both on all rows of the step's window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from ..optim import SharpnessAwareOptimizer
+from .rng import RngState
+
+
+class TwoPass:
+    """One optimizer step over a window of micro-batches: :meth:`ascend` once, then :meth:`descend` for each.
+
+    The loop that owns the micro-batches (the Trainer's, or one written with Accelerate) hands in what runs one of them
+    forward and backward. Outside the body of :meth:`descend` the weights are always the unperturbed ones, so whatever
+    happens between micro-batches (a callback, an evaluation, an exception) sees those.
+
+    Args:
+        optimizer: Perturbs the weights.
+        device: Where the model computes; its random number generator is replayed.
+        replay_rng: Start each micro-batch's descent pass with the random numbers of its ascent pass.
+
+    Attributes:
+        clean_losses: Loss of each micro-batch of the present window at the weights, without gradient.
+        perturbation_norm: L2 norm of the perturbation if :meth:`ascend` was asked to measure it, else None.
+    """
+
+    def __init__(self, optimizer: SharpnessAwareOptimizer, device: torch.device, *, replay_rng: bool = True) -> None:
+        self.optimizer = optimizer
+        self.device = device
+        self.replay_rng = replay_rng
+        self.clean_losses: list[Tensor] = []
+        self.perturbation_norm: Tensor | None = None
+        self._states: list[RngState] = []
+        self._measure = False
+        self._started = False
+
+    def ascend(
+        self,
+        num_micro_batches: int,
+        forward_backward: Callable[[int], Tensor],
+        no_sync: Callable[[], AbstractContextManager[object]],
+        *,
+        measure: bool = False,
+    ) -> None:
+        """Accumulate the ascent gradient of the whole window in the parameters' ``grad``.
+
+        Args:
+            num_micro_batches: Length of the window.
+            forward_backward: Runs micro-batch ``i`` forward and backward; returns its detached loss.
+            no_sync: Makes a context in which gradients are not averaged over ranks: all micro-batches but the last.
+            measure: Measure the norm of the perturbation in the first :meth:`descend`.
+        """
+        self.optimizer.restore()  # of a window that a callback broke off
+        self.clean_losses, self._states = [], []
+        self.perturbation_norm, self._measure, self._started = None, measure, False
+        for index in range(num_micro_batches):
+            if self.replay_rng:
+                self._states.append(RngState.capture(self.device))
+            if index < num_micro_batches - 1:
+                with no_sync():
+                    self.clean_losses.append(forward_backward(index))
+            else:
+                self.clean_losses.append(forward_backward(index))
+
+    @contextmanager
+    def descend(self, index: int, zero_grad: Callable[[], None]) -> Iterator[None]:
+        """Hold the weights perturbed, and the random numbers replayed, while micro-batch ``index`` runs in the body.
+
+        Args:
+            index: Position in the window.
+            zero_grad: Clears the gradients; called once, before the first micro-batch.
+        """
+        if not self._started:
+            self.optimizer.perturb()
+            self._started = True
+            zero_grad()
+            if self._measure and self.optimizer.is_perturbed:
+                self.perturbation_norm = self.optimizer.perturbation_norm()
+        else:
+            self.optimizer.resume()
+        if self.replay_rng:
+            self._states[index].restore()
+        try:
+            yield
+        except BaseException:
+            self.optimizer.restore()
+            raise
+        if index < len(self.clean_losses) - 1:
+            self.optimizer.suspend()
+        else:
+            self.optimizer.restore()

@@ -1,0 +1,43 @@
+"""Means of what the two passes measure, summed on the device between two logs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class StepStatistics:
+    """Sums ``sharpness``, ``ascent_grad_norm`` and ``perturbation_norm`` without waiting for the device.
+
+    Args:
+        device: Where the sums live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def count(self, name: str) -> int:
+        """Return how many values of ``name`` were added since the last :meth:`reset`."""
+        return self._counts.get(name, 0)
+
+    def add(self, name: str, value: Tensor, count: int = 1) -> None:
+        """Add a scalar tensor to the sum of ``name``; a value that is not finite counts as 0, as in the Trainer's log.
+
+        Args:
+            name: What it is.
+            value: A scalar tensor.
+            count: How many values it stands for; 0 for a further part of one that was counted already.
+        """
+        value = torch.where(torch.isfinite(value), value, torch.zeros_like(value)).to(self._device, torch.float32)
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self.count(name) + count
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the mean of each name, as scalar tensors."""
+        return {name: total / max(self.count(name), 1) for name, total in self._sums.items()}

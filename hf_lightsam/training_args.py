@@ -1,0 +1,130 @@
+"""``LightSAMTrainingArguments``: the options of the family as typed fields, and so as command-line flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from .errors import UsageError
+from .optim.recipes import RECIPES, Recipe, get_recipe
+from .optim.validation import check_number
+from .optim_flag import is_registered, register
+
+register()  # before the parser asks the enum for its choices
+
+_FIELDS = ("rho", "rho_scale", "bias_correction", "descent")
+
+
+@dataclass
+class LightSAMTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` with the options of sharpness-aware methods; ``optim`` is ``"lightsam_adam"`` by default.
+
+    ``learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` keep their meaning. A field
+    left at None takes the default of the method. Fields below that the chosen ``optim`` does not have are refused.
+
+    > Method
+
+    Args:
+        optim: ``"lightsam_adam"``, ``"lightsam_adagrad"``, ``"lightsam_adagrad_norm"``, ``"sam"``, or any name that
+            Transformers knows, which then trains as ever.
+        rho: Radius of the perturbation, at least 0; 0 makes none. Default: the method's, 0.05.
+        rho_scale: LightSAM only. ``"global"``: ``rho`` is the length of the whole perturbation, for any model size.
+            ``"coordinate"``: the paper's letter, where in forms II and III ``rho`` is a length for each weight.
+            Default: ``"global"``.
+        bias_correction: ``lightsam_adam`` only. Correct the bias of both movements' moments, as Adam does. Default:
+            true, except with ``rho_scale="coordinate"``, which is the paper to the letter.
+        descent: ``sam`` only. The optimizer that descends: ``"adamw"``, ``"adam"``, ``"sgd"`` or ``"adagrad"``.
+            Default: ``"adamw"``.
+
+    > Passes
+
+    Args:
+        replay_rng: Give the descent pass the random numbers of the ascent pass, so that both see the same dropout
+            masks. Default: true.
+
+    Raises:
+        UsageError: At construction, for an option that is out of range, does not parse (``optim_args``), is given
+            twice, or is not one of the chosen method's.
+    """
+
+    optim: str = field(
+        default="lightsam_adam",
+        metadata={
+            "help": "The optimizer: "
+            + "; ".join(f"{name} ({recipe.summary})" for name, recipe in RECIPES.items())
+            # argparse formats help texts with %
+            + "; or any optimizer name of transformers."
+        },
+    )
+    rho: float | None = field(
+        default=None,
+        metadata={"help": "Radius of the perturbation, at least 0; 0 makes none. Default: that of the method, 0.05."},
+    )
+    rho_scale: Literal["global", "coordinate"] | None = field(
+        default=None,
+        metadata={
+            "help": "LightSAM only. global (default): rho is the length of the whole perturbation, for any model size. "
+            "coordinate: the paper's letter, a length for each weight in forms II and III."
+        },
+    )
+    bias_correction: bool | None = field(
+        default=None,
+        metadata={
+            "help": "lightsam_adam only. Correct the bias of both movements' moments, as Adam does. Default: true, "
+            "except with --rho_scale coordinate."
+        },
+    )
+    descent: str | None = field(
+        default=None,
+        metadata={"help": "sam only. The optimizer that descends: adamw (default), adam, sgd or adagrad."},
+    )
+    replay_rng: bool = field(
+        default=True,
+        metadata={"help": "Give the descent pass the ascent pass's random numbers: the same dropout masks in both."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the method's options after Transformers has checked its own."""
+        super().__post_init__()
+        if is_registered(self.optim):
+            optimizer_arguments(self)
+        else:
+            given = [name for name in _FIELDS if getattr(self, name) is not None]
+            if given:
+                raise UsageError(
+                    f"{given[0]}={getattr(self, given[0])!r}: not an option of "
+                    f"optim={getattr(self.optim, 'value', self.optim)!r}; expected with one of {', '.join(RECIPES)}"
+                )
+
+
+def optimizer_arguments(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]]:
+    """Gather a sharpness-aware method and its options from training arguments, plain ones or ours.
+
+    Options come from, the later winning: ``adam_beta1``, ``adam_beta2``, ``adam_epsilon``; ``optim_args``; the typed
+    fields. The learning rate is ``learning_rate``.
+
+    Args:
+        args: Arguments whose ``optim`` is one of the family's names.
+
+    Returns:
+        The recipe, and the keyword arguments of its optimizer class.
+
+    Raises:
+        UsageError: As for :class:`LightSAMTrainingArguments`.
+    """
+    recipe = get_recipe(getattr(args.optim, "value", args.optim))
+    check_number("learning_rate", args.learning_rate)
+    check_number("weight_decay", args.weight_decay)
+    shared = {"beta1": args.adam_beta1, "beta2": args.adam_beta2, "eps": args.adam_epsilon}
+    parsed = recipe.parse(args.optim_args)
+    fields = {name: getattr(args, name, None) for name in _FIELDS}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for name in fields:
+        if name in parsed:
+            raise UsageError(
+                f"{name}: given both as a field ({fields[name]!r}) and in optim_args ({args.optim_args!r})"
+            )
+    options = {name: value for name, value in shared.items() if name in recipe.options} | parsed | fields
+    return recipe, recipe.arguments(args.learning_rate, options)

@@ -1,0 +1,89 @@
+"""Shared pieces of the tests: a tiny BERT, rows for it, and a quiet Trainer."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network, and a test that tried would only be slow
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
+
+
+def make_bert(num_labels: int = 2, dropout: float = 0.1, seed: int = 0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=32,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            num_labels=num_labels,
+        )
+    )
+
+
+def make_rows(num_rows: int = 32, seed: int = 0, regression: bool = False) -> list[dict[str, Any]]:
+    """Rows of equal length; the label is whether the first token is in the upper half of the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(num_rows):
+        tokens = torch.randint(1, 64, (8,), generator=generator)
+        label = tokens[0] / 64 if regression else (tokens[0] >= 32).long()
+        rows.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": label})
+    return rows
+
+
+def make_args(tmp_path: Path, **options: Any) -> LightSAMTrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(tmp_path / "out"),
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "seed": 7,
+        "dataloader_pin_memory": False,
+    }
+    return LightSAMTrainingArguments(**{**defaults, **options})
+
+
+def train(tmp_path: Path, model: torch.nn.Module | None = None, **options: Any) -> LightSAMTrainer:
+    rows = options.pop("rows", None) or make_rows()
+    trainer_options = options.pop("trainer_options", {})
+    resume = options.pop("resume", None)
+    args = make_args(tmp_path, **options)
+    trainer = LightSAMTrainer(model or make_bert(), args, train_dataset=rows, eval_dataset=rows[:8], **trainer_options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module, **tolerance: float) -> None:
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        if tolerance:
+            torch.testing.assert_close(a, b, msg=lambda message, name=name: f"{name}: {message}", **tolerance)
+        else:
+            assert torch.equal(a, b), name
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
