@@ -1,0 +1,36 @@
+"""The ``hf-lightsam`` command (also ``python -m hf_lightsam``)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import report_usage_errors
+
+PROGRAM = "hf-lightsam"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        argv: The arguments after the program's name. Default: those of the process.
+
+    Raises:
+        SystemExit: With status 2 for a request that cannot be carried out, after one line that says why; with 130 when
+            interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(PROGRAM, description="Sharpness-aware fine-tuning with no radius to tune.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("demo", help="fine-tune a small encoder on sentences made by a program", add_help=False)
+    command, rest = parser.parse_known_args(arguments)
+    if command.command == "demo":
+        from .demo.run import parse_arguments, run  # imported here: it loads datasets, and needs the extra [demo]
+
+        with report_usage_errors(f"{PROGRAM} demo"):
+            demo_arguments = parse_arguments(rest, f"{PROGRAM} demo")
+        run(demo_arguments, [PROGRAM, *arguments])

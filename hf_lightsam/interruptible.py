@@ -1,0 +1,110 @@
+"""Training for commands: Ctrl-C ends it in an orderly way and says how to go on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import Trainer
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput, sort_checkpoints
+
+from .callbacks import StopOnInterrupt
+from .errors import UsageError
+
+TRAINER_STATE = "trainer_state.json"
+"""The file that the Trainer writes last into a checkpoint (transformers 5.23): with it, a checkpoint is complete."""
+
+INTERRUPTED = 130
+"""Exit status of a command that was ended by Ctrl-C, as shells give it."""
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Return the checkpoints of a run that were written to their end, oldest step first."""
+    if not Path(output_dir).is_dir():
+        return []
+    found = [Path(path) for path in sort_checkpoints(output_dir=str(output_dir))]
+    return [path for path in found if (path / TRAINER_STATE).is_file()]
+
+
+def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> str | None:
+    """Return the checkpoint to resume from.
+
+    Args:
+        output_dir: Where the run writes.
+        resume_from_checkpoint: None; a checkpoint's folder; or ``"last"`` for the last complete one in ``output_dir``.
+
+    Raises:
+        UsageError: If there is no complete checkpoint there; or if None is given and ``output_dir`` has checkpoints,
+            which a new run would mix with its own.
+    """
+    existing = complete_checkpoints(output_dir)
+    if resume_from_checkpoint is None:
+        if existing:
+            raise UsageError(
+                f"output_dir={str(output_dir)!r}: it has checkpoints of an earlier run, {existing[-1].name} the last; "
+                "expected another folder, or --resume_from_checkpoint last to go on"
+            )
+        return None
+    if resume_from_checkpoint == "last":
+        if not existing:
+            raise UsageError(f"resume_from_checkpoint='last': no complete checkpoint in {str(output_dir)!r}")
+        return str(existing[-1])
+    if not (Path(resume_from_checkpoint) / TRAINER_STATE).is_file():
+        raise UsageError(
+            f"resume_from_checkpoint={resume_from_checkpoint!r}: no complete checkpoint there (no {TRAINER_STATE}); "
+            f"expected the folder of one, or 'last' for the last in {str(output_dir)!r}"
+        )
+    return resume_from_checkpoint
+
+
+def train_interruptibly(trainer: Trainer, checkpoint: str | None, command: Sequence[str]) -> TrainOutput:
+    """Train; on Ctrl-C save a checkpoint after the present step, print how to resume, and exit with status 130.
+
+    Args:
+        trainer: Trains.
+        checkpoint: What to resume from, None to start.
+        command: The command line, to which ``--resume_from_checkpoint`` is added in the message.
+    """
+    interrupt = StopOnInterrupt(save=True)
+    trainer.add_callback(interrupt)
+    try:
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        _explain(trainer.args.output_dir or ".", trainer.state, command)
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        interrupt.release()
+        trainer.remove_callback(interrupt)
+    if interrupt.interrupted:
+        _explain(trainer.args.output_dir or ".", trainer.state, command)
+        raise SystemExit(INTERRUPTED)
+    return output
+
+
+def _explain(output_dir: str, state: TrainerState, command: Sequence[str]) -> None:
+    existing = complete_checkpoints(output_dir)
+    print(f"\nStopped after step {state.global_step} of {state.max_steps}.", file=sys.stderr)
+    if not existing:
+        print("No checkpoint had been written yet: start again.", file=sys.stderr)
+        return
+    arguments = _without_resume(command)
+    print(f"The last checkpoint is {existing[-1]}. Go on with:", file=sys.stderr)
+    print(f"  {shlex.join([*arguments, '--resume_from_checkpoint', str(existing[-1])])}", file=sys.stderr)
+
+
+def _without_resume(command: Sequence[str]) -> list[str]:
+    """Drop ``--resume_from_checkpoint X`` in either spelling."""
+    names = ("--resume_from_checkpoint", "--resume-from-checkpoint")
+    kept: list[str] = []
+    skip = False
+    for argument in command:
+        if skip:
+            skip = False
+        elif argument in names:
+            skip = True
+        elif not argument.startswith(tuple(f"{name}=" for name in names)):
+            kept.append(argument)
+    return kept
