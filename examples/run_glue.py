@@ -58,9 +58,7 @@ class DataArguments:
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad all inputs to max_seq_length, not each batch to its longest."}
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first so many training rows."}
-    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many rows of each evaluation split."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use so many rows of each test split."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})

@@ -26,7 +26,13 @@ from .callbacks import StuckLossWarning
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
 from .optim_flag import constructing_our_trainer, is_registered
-from .passes import RngState, TwoPass, frozen_running_statistics, modules_with_running_statistics
+from .passes import (
+    RngState,
+    TwoPass,
+    frozen_running_statistics,
+    modules_with_running_statistics,
+    unscale_ascent_gradients,
+)
 from .step_statistics import StepStatistics
 from .training_args import optimizer_arguments
 
@@ -170,22 +176,11 @@ class SharpnessAwareMixin(_Base):
             plan.ascend(len(self._window), forward_backward, no_sync, measure=self._is_measured_step())
         finally:
             self._in_ascent = False
-        self._unscale_ascent_gradients(plan.optimizer)
+        unscale_ascent_gradients(plan.optimizer, self.accelerator.scaler)
 
     def _is_measured_step(self) -> bool:
         every = min(MEASURE_EVERY, max(1, int(self.state.logging_steps or MEASURE_EVERY)))
         return (self.state.global_step + 1) % every == 0
-
-    @torch.no_grad()
-    def _unscale_ascent_gradients(self, optimizer: SharpnessAwareOptimizer) -> None:
-        """Divide the ascent gradients by the loss scale: ``GradScaler.unscale_`` is the descent's, once a step."""
-        scaler = self.accelerator.scaler
-        if scaler is None or not scaler.is_enabled():
-            return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        scale = scaler.scale(torch.ones((), device=self.args.device))
-        for gradient in gradients:
-            gradient.div_(scale.to(gradient.device))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run one micro-batch forward and backward, as the Trainer's method; in the descent pass, at perturbed weights.

@@ -1,7 +1,14 @@
 """Gradient plans: which gradients a step takes, on which rows and ranks. One file a plan."""
 
+from .loss_scale import unscale_ascent_gradients
 from .rng import RngState
 from .running_statistics import frozen_running_statistics, modules_with_running_statistics
 from .two_pass import TwoPass
 
-__all__ = ["RngState", "TwoPass", "frozen_running_statistics", "modules_with_running_statistics"]
+__all__ = [
+    "RngState",
+    "TwoPass",
+    "frozen_running_statistics",
+    "modules_with_running_statistics",
+    "unscale_ascent_gradients",
+]

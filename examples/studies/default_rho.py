@@ -1,0 +1,271 @@
+"""Which radius trains, for which size of model? The measurement behind the defaults of ``LightSAM``.
+
+One pretrained encoder is made smaller and larger: ``--layers`` keeps its first layers, ``--widen`` multiplies its width
+by copying units (Net2Net, arXiv 1511.05641), which leaves the function as it was; a little noise parts the copies.
+Each is fine-tuned with each radius, on the demo's task or on a GLUE task in local TSV files. Results are appended to a
+file, one JSON line a run; runs that are in it already are not made again.
+
+    python examples/studies/default_rho.py --widen 2 --rho 0.01 0.05 0.2 1.0
+    python examples/studies/default_rho.py --table
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.utils import logging
+
+from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments, UsageError
+from hf_lightsam.demo.dataset import make_dataset
+from hf_lightsam.demo.encoder import packaged_encoder
+from hf_lightsam.errors import report_usage_errors
+from hf_lightsam.glue import get_task, load_glue, make_compute_metrics, preprocess
+from hf_lightsam.optim.recipes import RECIPES
+
+RESULTS = Path(__file__).parent / "results" / "default_rho.jsonl"
+
+
+@dataclass
+class StudyArguments:
+    """What to run."""
+
+    rho: list[float] = field(default_factory=lambda: [0.0, 0.01, 0.05, 0.2, 1.0], metadata={"help": "Radii to try."})
+    optim: str = field(
+        default="lightsam_adam", metadata={"help": "Optimizer: one of the family, or adamw_torch_fused."}
+    )
+    optim_args: str | None = field(default=None, metadata={"help": "Further options, like rho_scale=coordinate."})
+    layers: int = field(default=6, metadata={"help": "Keep so many layers of the encoder."})
+    widen: int = field(default=1, metadata={"help": "Multiply the encoder's width by this."})
+    trim_vocabulary: bool = field(
+        default=False, metadata={"help": "Drop the embeddings of tokens that the task has none of."}
+    )
+    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate at the start; it decays linearly."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the training rows."})
+    seed: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds."})
+    task_name: str = field(default="demo", metadata={"help": "demo, or a GLUE task."})
+    data_dir: str | None = field(default=None, metadata={"help": "GLUE's TSV files."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many rows."})
+    results: str = field(default=str(RESULTS), metadata={"help": "File that results are appended to."})
+    table: bool = field(default=False, metadata={"help": "Print the file's results as a table, and run nothing."})
+
+
+def widened(model: PreTrainedModel, factor: int, noise: float = 0.01) -> PreTrainedModel:
+    """Return a BERT of ``factor`` times the width that computes the same function, up to the noise.
+
+    Each hidden unit, head and intermediate unit is copied; weights that read from copies are divided by their number.
+    The classifier is new, as it is in the narrow model.
+
+    Args:
+        model: A ``BertForSequenceClassification``.
+        factor: Copies of each unit.
+        noise: Standard deviation of the noise on each matrix, relative to that of its weights.
+    """
+    if factor == 1:
+        return model
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
+        setattr(config, name, getattr(config, name) * factor)
+    wide = type(model)(config)
+    source = model.state_dict()
+    for name, target in wide.state_dict().items():
+        if name.startswith("classifier"):
+            continue
+        tensor = source[name]
+        repeats = [new // old for new, old in zip(target.shape, tensor.shape, strict=True)]
+        copied = tensor.repeat(repeats)
+        is_linear = tensor.dim() == 2 and "embeddings" not in name
+        if is_linear:
+            copied = copied / repeats[1]
+        if tensor.dim() == 2:
+            copied = copied + noise * copied.std() * torch.randn_like(copied)
+        target.copy_(copied)
+    return wide
+
+
+def make_model(arguments: StudyArguments, num_labels: int) -> PreTrainedModel:
+    """Load the packaged encoder, cut and widened."""
+    model = AutoModelForSequenceClassification.from_pretrained(packaged_encoder(), num_labels=num_labels)
+    layers: nn.ModuleList = model.bert.encoder.layer
+    if not 1 <= arguments.layers <= len(layers):
+        raise UsageError(f"layers={arguments.layers!r}: expected a whole number from 1 to {len(layers)}")
+    model.bert.encoder.layer = layers[: arguments.layers]
+    model.config.num_hidden_layers = arguments.layers
+    with torch.no_grad():
+        return widened(model, arguments.widen)
+
+
+def trimmed(
+    model: PreTrainedModel, train: datasets.Dataset, evaluation: datasets.Dataset
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Keep only the embeddings of tokens that occur, in place, and return the rows with tokens numbered anew."""
+    used = sorted({token for rows in (train, evaluation) for ids in rows["input_ids"] for token in ids} | {0})
+    number = {token: index for index, token in enumerate(used)}
+    old = model.get_input_embeddings().weight
+    model.set_input_embeddings(nn.Embedding.from_pretrained(old[used].detach().clone(), freeze=False, padding_idx=0))
+    model.config.vocab_size = len(used)
+
+    def renumber(rows: datasets.Dataset) -> datasets.Dataset:
+        return rows.map(lambda row: {"input_ids": [number[token] for token in row["input_ids"]]})
+
+    return renumber(train), renumber(evaluation)
+
+
+def load_rows(arguments: StudyArguments, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset, Any, int]:
+    """Return training rows, evaluation rows, the metric function and the number of labels."""
+    task = get_task("cola" if arguments.task_name == "demo" else arguments.task_name)
+    if arguments.task_name == "demo":
+        rows = make_dataset(seed=0).map(lambda batch: tokenizer(batch["sentence"]), batched=True)
+    else:
+        splits = ["train", task.validation_splits[0]]
+        rows = preprocess(load_glue(task, arguments.data_dir, splits=splits), task, tokenizer, 128)
+    train = rows["train"].shuffle(seed=0)
+    if arguments.max_train_samples is not None:
+        train = train.select(range(min(arguments.max_train_samples, len(train))))
+    return train, rows[task.validation_splits[0]], make_compute_metrics(task), task.num_labels
+
+
+def run(arguments: StudyArguments, rho: float, seed: int) -> dict[str, Any]:
+    """Fine-tune once.
+
+    Returns:
+        The settings, the evaluation metrics, the mean sharpness and length of the perturbation, wall seconds.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(packaged_encoder())
+    train, evaluation, compute_metrics, num_labels = load_rows(arguments, tokenizer)
+    set_seed(seed)
+    model = make_model(arguments, num_labels)
+    if arguments.trim_vocabulary:
+        train, evaluation = trimmed(model, train, evaluation)
+    is_ours = arguments.optim in RECIPES
+    args = LightSAMTrainingArguments(
+        output_dir="outputs/default_rho",
+        optim=arguments.optim,
+        optim_args=arguments.optim_args,
+        rho=rho if is_ours else None,
+        learning_rate=arguments.learning_rate,
+        num_train_epochs=arguments.num_train_epochs,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
+        warmup_steps=0.06,
+        logging_steps=8,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    trainer = LightSAMTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    metrics = trainer.evaluate()
+    logs = trainer.state.log_history
+    parameters: list[Tensor] = list(model.parameters())
+    return {
+        **settings(arguments, rho, seed),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        **{name: value for name, value in metrics.items() if isinstance(value, float) and "per_second" not in name},
+        "train_loss_end": _mean(logs[-6:-1], "loss"),
+        "sharpness": _mean(logs, "sharpness"),
+        "perturbation_norm": _mean(logs, "perturbation_norm"),
+        "seconds": round(seconds, 1),
+        "torch": torch.__version__,
+    }
+
+
+def settings(arguments: StudyArguments, rho: float, seed: int) -> dict[str, Any]:
+    """Return what makes two runs the same."""
+    names = "optim optim_args layers widen trim_vocabulary learning_rate num_train_epochs task_name max_train_samples"
+    return {**{name: getattr(arguments, name) for name in names.split()}, "rho": rho, "seed": seed}
+
+
+def _mean(logs: list[dict[str, Any]], name: str) -> float | None:
+    values = [entry[name] for entry in logs if name in entry]
+    return sum(values) / len(values) if values else None
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the results as a Markdown table, one line a run."""
+    columns = (
+        "task",
+        "rows",
+        "optim",
+        "options",
+        "weights",
+        "lr",
+        "rho",
+        "length",
+        "sharpness",
+        "seed",
+        "loss",
+        "score",
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for result in sorted(results, key=lambda r: (r["task_name"], r["parameters"], r["optim"], str(r["optim_args"]))):
+        score = result.get("eval_matthews_correlation", result.get("eval_accuracy", math.nan))
+        cells = (
+            result["task_name"],
+            result["max_train_samples"] or "all",
+            result["optim"],
+            result["optim_args"] or "",
+            f"{result['parameters'] / 1e6:.1f}M",
+            f"{result['learning_rate']:g}",
+            f"{result['rho']:g}",
+            _number(result["perturbation_norm"]),
+            _number(result["sharpness"]),
+            result["seed"],
+            _number(result["eval_loss"]),
+            f"{score:.3f}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def main() -> None:
+    """Run what the flags ask for."""
+    with report_usage_errors("default_rho.py"):
+        (arguments,) = HfArgumentParser(StudyArguments, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    path = Path(arguments.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not arguments.table:
+        logging.set_verbosity_error()
+        for seed in arguments.seed:
+            for rho in arguments.rho:
+                wanted = settings(arguments, rho, seed)
+                if any(all(result.get(name) == value for name, value in wanted.items()) for result in done):
+                    continue
+                with report_usage_errors("default_rho.py"):
+                    done.append(run(arguments, rho, seed))
+                with path.open("a") as file:
+                    file.write(json.dumps(done[-1]) + "\n")
+    print(table(done))
+
+
+if __name__ == "__main__":
+    main()
