@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from transformers import (
     AutoConfig,
@@ -105,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         )
         model_arguments, data_arguments, args = _parse(parser, command[1:])
         _set_up_logging(args)
+        args.dataloader_pin_memory &= torch.accelerator.is_available()  # nothing to pin for, and a warning a run
         if not (args.do_train or args.do_eval or args.do_predict):
             raise UsageError("nothing to do: expected --do_train, --do_eval or --do_predict")
-        checkpoint = resolve_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.do_train else None
+        checkpoint = resolve_checkpoint(str(args.output_dir), args.resume_from_checkpoint) if args.do_train else None
         set_seed(args.seed)
         task = data_arguments.task
         needed = ["train"] if args.do_train else []
@@ -182,6 +184,13 @@ def _load_model(arguments: ModelArguments, task: GlueTask) -> tuple[PreTrainedMo
         )
     except OSError as error:
         raise UsageError(f"model_name_or_path={arguments.model_name_or_path!r}: {error}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UsageError(
+            f"model_name_or_path={arguments.model_name_or_path!r}: its classification head is not one for {task.name} "
+            f"({task.num_labels} outputs); expected another model, or --ignore_mismatched_sizes for a new head"
+        ) from error
     if not task.is_regression:
         model.config.id2label = dict(enumerate(task.labels))
         model.config.label2id = {label: index for index, label in enumerate(task.labels)}

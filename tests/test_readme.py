@@ -1,0 +1,31 @@
+"""The README's commands are those that CI runs, and its figures those that the committed results hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands(section: str) -> list[str]:
+    """The lines of a section's first bash block, without comments."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(rf"^## {section}$.*?^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert block, section
+    return [re.sub(r"\s+#.*", "", line).strip() for line in block[1].splitlines()]
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    script = re.sub(r"pip install -q", "pip install", (ROOT / ".ci" / "run").read_text())
+    assert commands("Develop")[-1] == 'pytest -m "not slow"'
+    for command in commands("Develop"):
+        assert f"\n{command}\n" in script
+    assert commands("Use")[0] == commands("Develop")[0]
+    assert f"\n{commands('Use')[-1]} " in script
+
+
+def test_links_and_pictures_of_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target

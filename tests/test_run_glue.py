@@ -1,0 +1,205 @@
+"""``examples/run_glue.py`` as its users run it: on local TSV files, with a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import make_bert
+from transformers import BertTokenizer
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
+WORDS = "the a cat dog sees hears small large not very house tree and or".split()
+
+
+@pytest.fixture(scope="module")
+def run_glue() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_glue", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_glue"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    make_bert().save_pretrained(folder)
+    return folder
+
+
+def sentence(chooser: random.Random) -> str:
+    return " ".join(chooser.choices(WORDS, k=6))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Invented rows for a task without header, a regression and a task with two development sets."""
+    root = tmp_path_factory.mktemp("glue")
+    chooser = random.Random(0)
+
+    def write(path: str, header: str, rows: list[str]) -> None:
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_text("\n".join([header] * bool(header) + rows) + "\n")
+
+    for name, count in (("train", 48), ("dev", 16)):
+        rows = [f"src\t{chooser.randint(0, 1)}\t\t{sentence(chooser)}" for _ in range(count)]
+        write(f"CoLA/{name}.tsv", "", rows)
+        rows = [f"{i}\t{sentence(chooser)}\t{sentence(chooser)}\t{chooser.uniform(0, 5):.3f}" for i in range(count)]
+        write(f"STS-B/{name}.tsv", "index\tsentence1\tsentence2\tscore", rows)
+    write("CoLA/test.tsv", "index\tsentence", [f"{i}\t{sentence(chooser)}" for i in range(5)])
+    labels = ("entailment", "neutral", "contradiction")
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        rows = [f"{i}\t{sentence(chooser)}\t{sentence(chooser)}\t{chooser.choice(labels)}" for i in range(12)]
+        write(f"MNLI/{name}.tsv", "index\tsentence1\tsentence2\tgold_label", rows)
+    return root
+
+
+def arguments(model_dir: Path, data_dir: Path, output_dir: Path, task: str = "cola", **flags: object) -> list[str]:
+    options: dict[str, object] = {
+        "model_name_or_path": model_dir,
+        "task_name": task,
+        "data_dir": data_dir,
+        "output_dir": output_dir,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        **flags,
+    }
+    line = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+    return [*line, "--do_train", "--do_eval"]
+
+
+@pytest.mark.parametrize(
+    ("task", "optim", "metric"),
+    [
+        ("cola", "lightsam_adam", "eval_matthews_correlation"),
+        ("STS-B", "lightsam_adagrad", "eval_pearson"),
+        ("mnli", "sam", "eval_mm_accuracy"),
+        ("cola", "adamw_torch_fused", "eval_matthews_correlation"),
+    ],
+)
+def test_trains_and_evaluates(run_glue, model_dir, data_dir, tmp_path, task, optim, metric) -> None:
+    line = arguments(model_dir, data_dir, tmp_path, task, optim=optim, ignore_mismatched_sizes=True)
+    metrics = run_glue.main(line)
+    assert -1.0 <= metrics[metric] <= 1.0
+    saved = json.loads((tmp_path / "all_results.json").read_text())
+    assert saved[metric] == metrics[metric]
+    assert saved["train_loss"] > 0
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_limits_rows_and_predicts(run_glue, model_dir, data_dir, tmp_path) -> None:
+    line = arguments(model_dir, data_dir, tmp_path, max_train_samples=10, max_eval_samples=4, max_predict_samples=3)
+    metrics = run_glue.main([*line, "--do_predict"])
+    assert metrics["eval_samples"] == 4
+    assert json.loads((tmp_path / "train_results.json").read_text())["train_samples"] == 10
+    lines = (tmp_path / "predict_results_cola.txt").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2"]
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"acceptable", "unacceptable"}
+
+
+def test_flags_from_a_file(run_glue, model_dir, data_dir, tmp_path) -> None:
+    flags = arguments(model_dir, data_dir, tmp_path / "out", rho=0.1)[:-2]
+    pairs = dict(zip([flag[2:] for flag in flags[::2]], flags[1::2], strict=True))
+    values = {name: json.loads(value.lower()) if value in ("True", "False") else value for name, value in pairs.items()}
+    numbers = {"max_steps": 1, "per_device_train_batch_size": 8, "rho": 0.1}
+    (tmp_path / "flags.json").write_text(json.dumps({**values, **numbers, "do_train": True}))
+    run_glue.main([str(tmp_path / "flags.json")])
+    assert (tmp_path / "out" / "train_results.json").is_file()
+
+
+BAD = [
+    ({"task": "colo"}, ["task_name='colo'", "cola, sst2"]),
+    ({"data_dir": "nowhere"}, ["data_dir='nowhere'", "no such folder"]),
+    ({"data_dir": None}, ["data_dir: not given", "--data_dir"]),
+    ({"task": "rte"}, ["no folder 'RTE'", "CoLA, MNLI, STS-B"]),
+    ({"rho": -1}, ["rho=-1.0", "at least 0"]),
+    ({"rho": "nan"}, ["rho=nan", "finite number"]),
+    ({"learning_rate": -1e-3}, ["learning_rate=-0.001", "at least 0"]),
+    ({"adam_beta1": 1.5}, ["1.5 is not in [0, 1)"]),
+    ({"optim": "lightsum"}, ["lightsum", "lightsam_adam"]),
+    ({"optim_args": "rho"}, ["optim_args='rho'", "name=value"]),
+    ({"optim_args": "radius=1"}, ["'radius' is not an option of lightsam_adam", "rho_scale"]),
+    ({"optim": "adamw_torch", "rho": 0.1}, ["rho=0.1", "adamw_torch", "lightsam_adam"]),
+    ({"max_train_samples": 0}, ["max_train_samples=0", "above 0"]),
+    ({"task": "mnli"}, ["its classification head is not one for mnli (3 outputs)", "--ignore_mismatched_sizes"]),
+    ({"model_name_or_path": "no/such/model"}, ["model_name_or_path='no/such/model'"]),
+    ({"resume_from_checkpoint": "last"}, ["resume_from_checkpoint='last'", "no complete checkpoint"]),
+    ({"no_such_flag": 1}, ["--no_such_flag"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "fragments"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_line(run_glue, model_dir, data_dir, tmp_path, capsys, flags, fragments) -> None:
+    flags = dict(flags)
+    task, data_dir = flags.pop("task", "cola"), flags.pop("data_dir", data_dir)
+    with pytest.raises(SystemExit) as exit_:
+        run_glue.main(arguments(model_dir, data_dir, tmp_path / "out", task, **flags))
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("run_glue.py: error: ")
+    for fragment in fragments:
+        assert fragment in message
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_broken_tsv_is_one_line(run_glue, model_dir, tmp_path, capsys) -> None:
+    folder = tmp_path / "glue" / "CoLA"
+    folder.mkdir(parents=True)
+    (folder / "train.tsv").write_text("src\t1\t\tthe cat\nsrc\tone\t\tthe dog\n")
+    with pytest.raises(SystemExit) as exit_:
+        run_glue.main(arguments(model_dir, tmp_path / "glue", tmp_path / "out"))
+    assert exit_.value.code == 2
+    assert "train.tsv:2: label='one'; expected one of '0', '1'" in capsys.readouterr().err
+
+
+def test_refuses_to_mix_with_an_earlier_run(run_glue, model_dir, data_dir, tmp_path, capsys) -> None:
+    run_glue.main(arguments(model_dir, data_dir, tmp_path, save_strategy="steps", save_steps=1))
+    with pytest.raises(SystemExit):
+        run_glue.main(arguments(model_dir, data_dir, tmp_path))
+    assert "--resume_from_checkpoint last" in capsys.readouterr().err
+    line = arguments(model_dir, data_dir, tmp_path, resume_from_checkpoint="last", max_steps=3)
+    run_glue.main(line)
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, data_dir, tmp_path) -> None:
+    flags = arguments(model_dir, data_dir, tmp_path, max_steps=100_000, save_strategy="steps", save_steps=20)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    checkpoint = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert f"The last checkpoint is {checkpoint}. Go on with:" in errors
+    assert f"--resume_from_checkpoint {checkpoint}" in errors
+    assert "Traceback" not in errors
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert f"Stopped after step {step} of 100000." in errors
+    resumed = [*flags, "--resume_from_checkpoint", str(checkpoint), "--max_steps", str(step + 1)]
+    subprocess.run([sys.executable, str(SCRIPT), *resumed], check=True, env=environment, capture_output=True)
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == step + 1
