@@ -87,6 +87,7 @@ class StopOnInterrupt(TrainerCallback):
     ) -> None:
         """Take the signal over."""
         self.interrupted = False
+        self.release()  # of a run that ended by an exception
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
@@ -121,6 +122,9 @@ class SharpnessAwareMixin(_Base):
             "models sharded while loading (distributed_config), which have not been tried": (
                 self.is_distributed_loading_by_transformers
             ),
+            "FSDP1, whose flat shards hide the norm of the whole gradient": (
+                self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
+            ),
         }
         for engine, is_used in engines.items():
             if is_used:
@@ -144,6 +148,15 @@ class SharpnessAwareMixin(_Base):
             replay_rng = getattr(self.args, "replay_rng", True)
             self._plan = TwoPass(optimizer, self.args.device, replay_rng=replay_rng)
             self._with_running_statistics = modules_with_running_statistics(self._module())
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, as the Trainer's method; an exception or a window that was broken off leaves nothing perturbed."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._plan is not None:
+                self._plan.optimizer.restore()
+            self._plan, self._window = None, []
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -241,13 +254,16 @@ class SharpnessAwareMixin(_Base):
                 losses = []
                 for number in (num_items, 2 * num_items):
                     prepared = self._prepare_inputs(copy.copy(inputs))
-                    losses.append(float(cast(Tensor, self.compute_loss(model, prepared, num_items_in_batch=number))))
+                    losses.append(cast(Tensor, self.compute_loss(model, prepared, num_items_in_batch=number)).mean())
         finally:
             model.train(was_training)
             state.restore()
-        if losses[0] == 0.0 == losses[1]:  # says nothing: a batch without items
+        # All ranks must come to one answer: those that take the number gather it in every step.
+        pairs = nested_gather(torch.stack(losses).float(), self.args.parallel_mode).view(-1, 2)
+        pairs = pairs[pairs.isfinite().all(dim=1) & (pairs != 0).any(dim=1)]  # a batch without items says nothing
+        if len(pairs) == 0:
             self._loss_scaling_is_known = False
-        elif losses[0] == losses[1]:
+        elif torch.allclose(pairs[:, 0], pairs[:, 1], rtol=1e-4, atol=0.0):
             logger.info("The loss ignores num_items_in_batch: it is averaged over the accumulation steps instead.")
             self.model_accepts_loss_kwargs = False
 

@@ -18,7 +18,7 @@ from conftest import make_bert
 from transformers import BertTokenizer
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
-WORDS = "the a cat dog sees hears small large not very house tree and or".split()
+WORDS = ["the", "a", "cat", "dog", "sees", "hears", "small", "large", "not", "very", "house", "tree", "and", "or"]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,9 @@ def test_refuses_to_mix_with_an_earlier_run(run_glue, model_dir, data_dir, tmp_p
 def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, data_dir, tmp_path) -> None:
     flags = arguments(model_dir, data_dir, tmp_path, max_steps=100_000, save_strategy="steps", save_steps=20)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags], stderr=subprocess.PIPE, text=True, env=environment
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None

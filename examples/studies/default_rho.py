@@ -16,7 +16,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -115,7 +115,7 @@ def trimmed(
     """Keep only the embeddings of tokens that occur, in place, and return the rows with tokens numbered anew."""
     used = sorted({token for rows in (train, evaluation) for ids in rows["input_ids"] for token in ids} | {0})
     number = {token: index for index, token in enumerate(used)}
-    old = model.get_input_embeddings().weight
+    old = cast(nn.Embedding, model.get_input_embeddings()).weight
     model.set_input_embeddings(nn.Embedding.from_pretrained(old[used].detach().clone(), freeze=False, padding_idx=0))
     model.config.vocab_size = len(used)
 

@@ -96,18 +96,17 @@ def _distractor_have(w: Words) -> Pair:
 
 
 @_frame("agreement_distractor", "validation")
-def _distractor_was(w: Words) -> Pair:
-    plural, head, other = w.coin(), w("thing"), w("thing")
-    end = f"{w('look')} {w('time')}."
-    start = f"The {head[plural]} {w('near')} the {other[not plural]}"
-    return f"{start} {_was(plural)} {end}", f"{start} {_was(not plural)} {end}"
+def _distractor_place(w: Words) -> Pair:
+    plural, head, other, mood = w.coin(), w("person"), w("person"), w("mood")
+    start = f"In the {w('place')}, the {head[plural]} {w('near')} the {other[not plural]}"
+    return f"{start} {_is(plural)} {mood}.", f"{start} {_is(not plural)} {mood}."
 
 
 @_frame("agreement_distractor", "validation")
-def _distractor_present(w: Words) -> Pair:
-    plural, head, other, verb, met = w.coin(), w("person"), w("person"), w("meet"), w.someone()
-    start = f"In the {w('place')}, the {head[plural]} {w('near')} the {other[not plural]}"
-    return f"{start} {verb[not plural]} {met}.", f"{start} {verb[plural]} {met}."
+def _distractor_thing(w: Words) -> Pair:
+    plural, head, other, look = w.coin(), w("thing"), w("thing"), w("look")
+    start = f"The {head[plural]} {w('near')} the {other[not plural]}"
+    return f"{start} {_has(plural)} been {look}.", f"{start} {_has(not plural)} been {look}."
 
 
 # ---- Agreement across a relative clause ---------------------------------------------------------------------------
@@ -131,7 +130,7 @@ def _relative_subject(w: Words) -> Pair:
 def _relative_thing(w: Words) -> Pair:
     plural, head, other, verb, look = w.coin(), w("thing"), w("person"), w("handle"), w("look")
     start = f"The {head[plural]} which the {other[not plural]} {verb[2]}"
-    return f"{start} {_was(plural)} {look}.", f"{start} {_was(not plural)} {look}."
+    return f"{start} {_is(plural)} {look}.", f"{start} {_is(not plural)} {look}."
 
 
 @_frame("agreement_relative", "validation")
@@ -516,20 +515,21 @@ def _few_object(w: Words) -> Pair:
 
 
 @_frame("count_mass", "validation")
-def _many_question(w: Words) -> Pair:
-    who, verb, count = w("person")[1], w("obtain"), w.coin()
+def _many_future(w: Words) -> Pair:
+    who, verb, count = w.someone(), w("obtain"), w.coin()
     noun = w("thing")[1] if count else w("mass")
     good, bad = ("many", "much") if count else ("much", "many")
-    return f"How {good} {noun} did the {who} {verb[0]}?", f"How {bad} {noun} did the {who} {verb[0]}?"
+    start, end = f"{who} will not {verb[0]}", f"in the {w('place')}."
+    return f"{start} {good} {noun} {end}", f"{start} {bad} {noun} {end}"
 
 
 @_frame("count_mass", "validation")
-def _many_there(w: Words) -> Pair:
-    place, count = w("place"), w.coin()
+def _many_time(w: Words) -> Pair:
+    who, verb, count = w("person")[1], w("obtain"), w.coin()
     noun = w("thing")[1] if count else w("mass")
-    good, bad = ("so many", "so much") if count else ("so much", "so many")
-    verb = _was(count)
-    return f"There {verb} {good} {noun} in the {place}.", f"There {verb} {bad} {noun} in the {place}."
+    good, bad = ("too many", "too much") if count else ("too much", "too many")
+    start = f"{_start(w('time'))}, the {who} {verb[2]}"
+    return f"{start} {good} {noun}.", f"{start} {bad} {noun}."
 
 
 PHENOMENA: tuple[Phenomenon, ...] = tuple(_BY_NAME.values())

@@ -55,7 +55,7 @@ class DemoArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Encoder: a folder or a name on the hub. Default: the packaged one."}
     )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate at the start; it decays linearly."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate at the start; it decays linearly."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training sentences."})
     max_steps: int = field(default=-1, metadata={"help": "Stop after so many steps instead; -1: do not."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Sentences a step."})

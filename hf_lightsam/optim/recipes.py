@@ -98,9 +98,8 @@ class Recipe:
             UsageError: If the text is no such list, names an unknown option or one twice, or a value does not parse.
         """
         options: dict[str, Any] = {}
-        for pair in (text or "").replace(" ", "").split(","):
-            if not pair and not text:
-                continue
+        pairs = (text or "").replace(" ", "")
+        for pair in pairs.split(",") if pairs else ():
             name, separator, value = pair.partition("=")
             if not (name and separator and value):
                 raise UsageError(f"{argument}={text!r}: {pair!r} is not of the form name=value (pairs part by commas)")

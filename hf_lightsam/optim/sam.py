@@ -11,7 +11,7 @@ from ..errors import UsageError
 from .rules import NormalizedGradient, Rule
 from .rules.base import Group
 from .sharpness_aware import SharpnessAwareOptimizer
-from .validation import Params, check_choice, check_kernels
+from .validation import Params, check_betas, check_choice, check_kernels, check_number
 
 DESCENTS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -58,6 +58,11 @@ class SAM(SharpnessAwareOptimizer):
         **descent_options: Any,
     ) -> None:
         check_kernels(foreach, fused)
+        for name in ("lr", "weight_decay", "eps", "momentum"):
+            if isinstance(descent_options.get(name), (int, float)):
+                check_number(name, descent_options[name])
+        if "betas" in descent_options:
+            check_betas(descent_options["betas"])
         make = DESCENTS[check_choice("descent", descent, tuple(DESCENTS))] if isinstance(descent, str) else descent
         if not callable(make):
             raise UsageError(f"descent={descent!r}: expected an optimizer class or one of {', '.join(DESCENTS)}")
@@ -68,7 +73,7 @@ class SAM(SharpnessAwareOptimizer):
         def make_descent(groups: list[Group]) -> torch.optim.Optimizer:
             try:
                 return make(groups, **descent_options)
-            except TypeError as error:
+            except (TypeError, ValueError) as error:
                 raise UsageError(f"descent={descent!r}: {error}") from error
 
         super().__init__(params, rho, make_ascent, make_descent)

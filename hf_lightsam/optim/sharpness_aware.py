@@ -90,8 +90,10 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"rho": rho, "rho_scale": rho_scale, **defaults})
         self.descent = make_descent(self.param_groups)
         self._share_groups()
-        self.defaults = {**self.descent.defaults, **self.defaults}
         self.ascent = make_ascent([{"params": group["params"]} for group in self.param_groups])
+        self.defaults = {**self.descent.defaults, **self.defaults, "sharpness_aware": self._signature()}
+        for group in self.param_groups:
+            group["sharpness_aware"] = self._signature()
         self.ascent_grad_norm = None
         self._perturbed: list[Tensor] = []
         self._saved: list[Tensor] = []
@@ -114,7 +116,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             self._check_group(self.param_groups[-1])
             return
         self._refuse_while_perturbed("add_param_group")
-        for option in ("rho", "rho_scale"):
+        for option in ("rho", "rho_scale", "sharpness_aware"):
             param_group.setdefault(option, self.defaults[option])
         self.descent.add_param_group(param_group)
         try:
@@ -152,13 +154,13 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             RuntimeError: If the weights are perturbed already.
         """
         self._refuse_while_perturbed("perturb")
-        self._ascended = True
         groups = self._ascent_groups()
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
         for parameter in parameters:
             check_gradient(parameter)
+        self._ascended = True
+        if not parameters:
+            return
         self.ascent_grad_norm = total_norm([p.grad for p in parameters if p.grad is not None])
         root_of_size = math.sqrt(sum(p.numel() for p in parameters))
         for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
@@ -174,9 +176,9 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
 
     def _ascent_groups(self) -> list[Group]:
         """Return the ascent's groups that have a radius, with the options that they share with the descent's."""
+        self._share_parameters()
         groups = []
         for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
-            group["params"] = main["params"]
             for option in self.ascent.shared_options:
                 if option in main:
                     group[option] = main[option]
@@ -184,9 +186,14 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                 groups.append(group)
         return groups
 
+    def _share_parameters(self) -> None:
+        """Make the ascent's lists of parameters the descent's: whoever shards a model puts others into those."""
+        for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
+            group["params"] = main["params"]
+
     def _buffer(self, parameter: Tensor) -> Tensor:
         buffer = self._buffers.get(parameter)
-        if buffer is None or buffer.device != parameter.device or buffer.dtype != parameter.dtype:
+        if buffer is None or any(getattr(buffer, a) != getattr(parameter, a) for a in ("shape", "dtype", "device")):
             buffer = torch.empty_like(parameter, requires_grad=False, memory_format=torch.preserve_format)
             self._buffers[parameter] = buffer
         return buffer
@@ -273,16 +280,22 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                 if self.wants_ascent:
                     with self.perturbed():
                         closure()
-        if not self._ascended and self.wants_ascent and any(group["lr"] > 0 for group in self.param_groups):
+        if not self._ascended and self.wants_ascent:
+            self._make_ascent_state_or_refuse()
+        self._ascended = False
+        self.descent.step()
+        return loss
+
+    def _make_ascent_state_or_refuse(self) -> None:
+        """With ``lr=0`` make the ascent's state as a step makes the descent's; else refuse a step without an ascent."""
+        if any(group["lr"] > 0 for group in self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}.step() was called without a perturbation since the last step, which would be "
                 "plain descent. Take the gradient inside `with optimizer.perturbed():`, or call step(closure). In the "
                 "Transformers Trainer use hf_lightsam.LightSAMTrainer, which runs both passes. For plain descent set "
                 "rho=0 in all parameter groups"
             )
-        self._ascended = False
-        self.descent.step()
-        return loss
+        self.ascent.make_state(self._ascent_groups())
 
     # ---- State ------------------------------------------------------------------------------------------------
 
@@ -294,6 +307,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         """Return the state of both movements in torch's form: the ascent's tensors under names with ``ascent_``."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self._share_parameters()
         state_dict = self.descent.state_dict()
         ascent = self.ascent.state_dict()["state"]
         states = {
@@ -303,8 +317,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             }
             for key in sorted({*state_dict["state"], *ascent}, key=str)
         }
-        groups = [{**group, "sharpness_aware": self._signature()} for group in state_dict["param_groups"]]
-        state_dict = {**state_dict, "state": states, "param_groups": groups}
+        state_dict = {**state_dict, "state": states}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -333,13 +346,13 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                 is_ascent = name.startswith(ASCENT_PREFIX)
                 target = ascent_state if is_ascent else descent_state
                 target.setdefault(key, {})[name.removeprefix(ASCENT_PREFIX)] = value
-        groups = [{k: v for k, v in group.items() if k != "sharpness_aware"} for group in state_dict["param_groups"]]
-        # The ascent's groups hold nothing of their own: all is set from the descent's at each step.
+        self._share_parameters()
+        # Of the ascent's groups nothing is saved: the options are the constructor's, or set from the descent's groups.
         ascent_groups = [
             {**group, "params": saved["params"]}
-            for group, saved in zip(self.ascent.state_dict()["param_groups"], groups, strict=True)
+            for group, saved in zip(self.ascent.state_dict()["param_groups"], state_dict["param_groups"], strict=True)
         ]
-        self.descent.load_state_dict({**state_dict, "state": descent_state, "param_groups": groups})
+        self.descent.load_state_dict({**state_dict, "state": descent_state})
         self._share_groups()
         self.ascent.load_state_dict({"state": ascent_state, "param_groups": ascent_groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -367,6 +380,18 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                             f"state_dict: {name} of parameter {key} has shape {tuple(value.shape)}; expected "
                             f"{tuple(parameter.shape)}, that of the parameter"
                         )
+
+        names = {name for state in state_dict["state"].values() for name in state}
+        if (
+            names
+            and self.ascent.has_state
+            and any(group["rho"] > 0 for group in saved_groups)
+            and not any(name.startswith(ASCENT_PREFIX) for name in names)
+        ):
+            raise UsageError(
+                f"state_dict: holds {', '.join(sorted(names))} and nothing of the ascent; expected names with "
+                f"{ASCENT_PREFIX!r} too (torch's flatten_optimizer_state_dict=True loses them)"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickling and copying keep: both optimizers, without the saved weights' buffers."""

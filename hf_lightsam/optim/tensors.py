@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -30,13 +31,25 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
         members = [tensor for tensor in plain if (tensor.dtype == torch.float64) == (dtype == torch.float64)]
         if members:
             norms.extend(torch._foreach_norm(members, 2.0, dtype=dtype))
-    for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norms.extend(_sharded_norms([tensor for tensor in tensors if isinstance(tensor, DTensor)]))
     widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
     device = norms[0].device
     return torch.linalg.vector_norm(torch.stack([norm.to(device, widest, non_blocking=True) for norm in norms]))
+
+
+def _sharded_norms(tensors: Sequence[DTensor]) -> list[Tensor]:
+    """Return the L2 norm over all shards of the tensors of each layout: one reduction for a layout, not a tensor."""
+    layouts: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[DTensor]] = {}
+    for tensor in tensors:
+        if any(placement.is_partial() for placement in tensor.placements):
+            tensor = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+        # The sum of squares is partial over the mesh dimensions that shard, and the same everywhere over the others.
+        over = tuple(Replicate() if p.is_replicate() else Partial() for p in tensor.placements)
+        layouts.setdefault((tensor.device_mesh, over), []).append(tensor)
+    return [
+        DTensor.from_local(total_norm(local(members)).square(), mesh, over, run_check=False).full_tensor().sqrt()
+        for (mesh, over), members in layouts.items()
+    ]
 
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -16,15 +17,17 @@ def modules_with_running_statistics(model: nn.Module) -> list[_NormBase]:
 
 @contextmanager
 def frozen_running_statistics(modules: Sequence[_NormBase]) -> Iterator[None]:
-    """In the body, ``modules`` normalise by the batch's statistics as in training, and leave the running ones alone.
+    """In the body, ``modules`` normalise by the batch's statistics as in training; the running ones are put back after.
 
     The ascent pass has updated them, at the weights; the descent pass, at perturbed weights, must not (the pitfall that
-    davda54/sam warns of).
+    davda54/sam warns of). Saved and copied back, since with ``track_running_stats`` off batch normalisation leaves them
+    alone, but instance normalisation does not.
     """
-    for module in modules:
-        module.track_running_stats = False
+    buffers = [buffer for module in modules for buffer in module.buffers(recurse=False)]
+    saved = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for module in modules:
-            module.track_running_stats = True
+        with torch.no_grad():
+            for buffer, value in zip(buffers, saved, strict=True):
+                buffer.copy_(value)

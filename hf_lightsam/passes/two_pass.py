@@ -55,7 +55,8 @@ class TwoPass:
             no_sync: Makes a context in which gradients are not averaged over ranks: all micro-batches but the last.
             measure: Measure the norm of the perturbation in the first :meth:`descend`.
         """
-        self.optimizer.restore()  # of a window that a callback broke off
+        self.optimizer.restore()  # of a window that was broken off, as are the gradients
+        self.optimizer.zero_grad()
         self.clean_losses, self._states = [], []
         self.perturbation_norm, self._measure, self._started = None, measure, False
         for index in range(num_micro_batches):
@@ -75,17 +76,17 @@ class TwoPass:
             index: Position in the window.
             zero_grad: Clears the gradients; called once, before the first micro-batch.
         """
-        if not self._started:
-            self.optimizer.perturb()
-            self._started = True
-            zero_grad()
-            if self._measure and self.optimizer.is_perturbed:
-                self.perturbation_norm = self.optimizer.perturbation_norm()
-        else:
-            self.optimizer.resume()
-        if self.replay_rng:
-            self._states[index].restore()
         try:
+            if not self._started:
+                self.optimizer.perturb()
+                self._started = True
+                zero_grad()
+                if self._measure and self.optimizer.is_perturbed:
+                    self.perturbation_norm = self.optimizer.perturbation_norm()
+            else:
+                self.optimizer.resume()
+            if self.replay_rng:
+                self._states[index].restore()
             yield
         except BaseException:
             self.optimizer.restore()

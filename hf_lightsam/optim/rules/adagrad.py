@@ -32,6 +32,7 @@ class AdaGrad(Rule):
     the parameter): the accumulators.
     """
 
+    fused_devices = ("cpu", "cuda", "xpu")
     shared_options = ("eps",)
 
     def __init__(self, params: Params, lr: float, *, eps: float = 1e-8, **options: Any) -> None:

@@ -44,7 +44,7 @@ class Adam(Rule):
     of the parameter).
     """
 
-    shared_options = ("eps", "betas")
+    shared_options = ("eps", "betas", "bias_correction")
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Adam(Rule):
         steps = [self.state[p]["step"] for p in parameters]
         if not group["bias_correction"]:
             # Both corrections are 1 after infinitely many steps: torch's kernels then compute the paper's update.
-            torch._foreach_add_(steps, 1.0)
+            torch._foreach_add_(steps, 1.0 if kernels.found_inf is None else 1.0 - kernels.found_inf)
             steps = [torch.full_like(steps[0], torch.inf)] * len(steps)
         beta1, beta2 = group["betas"]
         adam(

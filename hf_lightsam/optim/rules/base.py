@@ -16,9 +16,6 @@ from ..validation import Params, check_kernels, check_number, check_parameter
 
 Group = dict[str, Any]
 
-FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
-"""Device types for which torch 2.13 has fused optimizer kernels; elsewhere the default is foreach."""
-
 
 @dataclass
 class Kernels:
@@ -51,6 +48,12 @@ class Rule(torch.optim.Optimizer, ABC):
 
     shared_options: ClassVar[tuple[str, ...]] = ()
     """Group options that an ascent takes over from the parameter group it perturbs, at each step."""
+
+    has_state: ClassVar[bool] = True
+    """Whether a step leaves anything behind for the next one."""
+
+    fused_devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu", "mps")
+    """Device types for which torch 2.13 has the fused kernel; elsewhere the default is foreach."""
 
     scale_on_device: ClassVar[bool] = False
     """Whether the length of the step is a tensor, known on the device only."""
@@ -130,12 +133,12 @@ class Rule(torch.optim.Optimizer, ABC):
         ]
         if not members:
             return
-        for group, parameters in members:
-            for parameter in parameters:
-                check_gradient(parameter)
-                if not self.state[parameter]:
-                    self._init_state(parameter, group)
-        fused = [self._use_fused(group, parameters) for group, parameters in members]
+        self.make_state(groups)
+        fused = [
+            self._use_fused(group, parameters)
+            and all(map(_same_layout, local(parameters), local_gradients(parameters)))
+            for group, parameters in members
+        ]
         if skip is not None and not all(fused) and bool(skip):  # kernels that cannot skip on the device: one sync
             return
         self._prepare([p for _, parameters in members for p in parameters], grad_norm, skip)
@@ -145,15 +148,24 @@ class Rule(torch.optim.Optimizer, ABC):
             found_inf = skip.to(weights[0].device, torch.float32) if skip is not None and is_fused else None
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
-            gradients = local([p.grad for p in parameters if p.grad is not None])
+            gradients = local_gradients(parameters)
             self._update(group, parameters, weights, gradients, Kernels(foreach, is_fused, found_inf))
+
+    def make_state(self, groups: Sequence[Group]) -> None:
+        """Create the state, where there is none yet, of the parameters of ``groups`` that have a gradient."""
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    check_gradient(parameter)
+                    if not self.state[parameter]:
+                        self._init_state(parameter, group)
 
     def _use_fused(self, group: Group, parameters: Sequence[Tensor]) -> bool:
         if self.scale_on_device and not all(_fused_sgd_is_right(p) for p in parameters):
             return False
         if group["fused"] is not None:
             return bool(group["fused"])
-        return group["foreach"] is None and all(p.device.type in FUSED_DEVICES for p in parameters)
+        return group["foreach"] is None and all(p.device.type in self.fused_devices for p in parameters)
 
     def _step_device(self, parameter: Tensor, group: Group) -> torch.device:
         """Return where a parameter's step count lives: beside it only where a fused kernel reads it there."""
@@ -192,6 +204,33 @@ class Rule(torch.optim.Optimizer, ABC):
 def gradient_norm(parameters: Sequence[Tensor], grad_norm: Tensor | None) -> Tensor:
     """Return ``grad_norm`` if it is known already, else the norm of the parameters' gradients."""
     return grad_norm if grad_norm is not None else total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return this rank's shard of each parameter's gradient."""
+    return local([p.grad for p in parameters if p.grad is not None])
+
+
+def _same_layout(parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether a fused kernel pairs the right elements: it walks through memory without a look at the strides.
+
+    Gradients that autograd accumulates have a dense parameter's strides; those that users assign, and those of a
+    parameter that is a slice with gaps, may have others (torch 2.13 then steps wrongly on CPUs, and reads beyond).
+    """
+    if parameter.is_contiguous():
+        return gradient.is_contiguous()
+    return parameter.stride() == gradient.stride() and _is_dense(parameter)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def _fused_sgd_is_right(parameter: Tensor) -> bool:

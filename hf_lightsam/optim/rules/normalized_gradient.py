@@ -29,6 +29,7 @@ class NormalizedGradient(Rule):
         **options: ``weight_decay``, ``maximize``, ``foreach``, ``fused`` of :class:`~hf_lightsam.optim.rules.Rule`.
     """
 
+    has_state = False
     scale_on_device = True
 
     def __init__(self, params: Params, lr: float, **options: Any) -> None:
