@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+
+from hf_lightsam.demo.report import Run, markdown_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,3 +32,8 @@ def test_links_and_pictures_of_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
+
+
+def test_the_demo_table_is_the_one_it_printed() -> None:
+    runs = [Run(**run) for run in json.loads((ROOT / "docs" / "demo.json").read_text())["runs"]]
+    assert markdown_table(runs) in (ROOT / "README.md").read_text()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import datasets
 import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, matthews_corrcoef
@@ -56,7 +57,7 @@ class DemoArguments:
         default=None, metadata={"help": "Encoder: a folder or a name on the hub. Default: the packaged one."}
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate at the start; it decays linearly."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training sentences."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training sentences."})
     max_steps: int = field(default=-1, metadata={"help": "Stop after so many steps instead; -1: do not."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Sentences a step."})
     seed: int = field(default=0, metadata={"help": "Seed of the sentences, of their order and of the dropout."})
@@ -138,6 +139,7 @@ def run(arguments: DemoArguments, command: Sequence[str]) -> list[Run]:
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     optimizers = [arguments.optim]
     if arguments.compare and BASELINE not in optimizers:
@@ -197,7 +199,7 @@ def _make_trainer(arguments: DemoArguments, args: LightSAMTrainingArguments) -> 
     rows = make_dataset(seed=arguments.seed)
     model.config.id2label = dict(enumerate(rows["train"].features["label"].names))
     model.config.label2id = {name: index for index, name in model.config.id2label.items()}
-    rows = rows.map(lambda batch: tokenizer(batch["sentence"]), batched=True)
+    rows = rows.map(lambda batch: tokenizer(batch["sentence"], truncation=True), batched=True)
     return LightSAMTrainer(
         model,
         args,
