@@ -494,12 +494,12 @@ def test_evaluation_and_saving_between_micro_batches(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.losses: list[float] = []
 
+    expected = make_bert()  # before the Trainer, which seeds the generator that makes weights too
     callback, model = Disturb(), make_bert()
     args = make_args(tmp_path, **options)
     callback.trainer = LightSAMTrainer(
         model, args, train_dataset=make_rows(), eval_dataset=make_rows()[:8], callbacks=[callback]
     )
-    expected = make_bert()
     callback.trainer.train()
     assert_same_weights(model, undisturbed.model)
     with torch.no_grad():
@@ -585,7 +585,7 @@ def test_gradients_of_a_window_that_was_broken_off_are_dropped(tmp_path: Path) -
 
     callback = StopEpoch()
     model = make_bert(dropout=0.0)
-    rows = make_rows(1) * 16  # all the same, so that all micro-batches have one gradient
+    rows = make_rows(1) * 8  # one step an epoch; all the same, so that all micro-batches have one gradient
     args = make_args(
         tmp_path,
         per_device_train_batch_size=4,
@@ -597,8 +597,8 @@ def test_gradients_of_a_window_that_was_broken_off_are_dropped(tmp_path: Path) -
     trainer.add_callback(callback)  # after ours: it sees the ascent gradient
     trainer.train()
     assert callback.stopped
-    assert len(callback.norms) == 5
-    assert callback.norms == pytest.approx([callback.norms[0]] * 5, rel=1e-5)
+    assert len(callback.norms) == 4  # the third window was broken off, and one came after it
+    assert callback.norms == pytest.approx([callback.norms[0]] * 4, rel=1e-5)
 
 
 class WithNormalisation(nn.Module):
@@ -841,7 +841,8 @@ def test_a_seq2seq_trainer(tmp_path: Path) -> None:
         decoder_start_token_id=2,
     )
     start = BartForConditionalGeneration(config)
-    rows = make_texts()
+    # As many labels in every row: BART's loss averages over a micro-batch, whatever the window's count.
+    rows = [{**row, "labels": row["input_ids"].clone()} for row in make_rows()]
     models = []
     for batch in (8, 4):
         models.append(copy.deepcopy(start))
@@ -885,7 +886,10 @@ def test_only_adapters_are_perturbed(tmp_path: Path, method: str) -> None:
     assert_same_weights_of(model, start)  # at learning rate 0 all is back
     trainer = train(tmp_path, model, optim=method, learning_rate=1e-2)
     after = weights(model)
-    assert {name for name in start if not torch.equal(after[name], start[name])} == trained
+    changed = {name for name in start if not torch.equal(after[name], start[name])}
+    assert changed <= trained
+    # All the B; of an A, whose gradient is zero while B is, a step may be lost in float32's rounding.
+    assert {name for name in trained if "lora_A" not in name} <= changed
     assert len(trainer.optimizer.state_dict()["state"]) in (0, len(trained))
 
 
