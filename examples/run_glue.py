@@ -259,3 +259,5 @@ def _predict(trainer: LightSAMTrainer, task: GlueTask, rows: datasets.DatasetDic
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # or its threads may abort a rank that exits

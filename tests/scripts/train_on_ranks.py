@@ -27,3 +27,6 @@ if __name__ == "__main__":
         model = trainer.accelerator.unwrap_model(trainer.model)
         logs = [entry["sharpness"] for entry in trainer.state.log_history if "sharpness" in entry]
         torch.save({"weights": model.state_dict(), "sharpness": logs}, folder / "result.pt")
+    if torch.distributed.is_initialized():  # or its threads may abort a rank that exits
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
