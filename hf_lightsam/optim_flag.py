@@ -39,9 +39,14 @@ def register() -> None:
         callbacks.append(RefusePlainTrainer)
 
 
+def optim_name(optim: Any) -> Any:
+    """Return a value of the ``optim`` flag, a member of the enum or a text, as the text."""
+    return getattr(optim, "value", optim)
+
+
 def is_registered(optim: Any) -> bool:
     """Whether a value of the ``optim`` flag is one of ours."""
-    return getattr(optim, "value", optim) in RECIPES
+    return optim_name(optim) in RECIPES
 
 
 @contextmanager
@@ -68,9 +73,8 @@ def _refuse(context: Any) -> Any:
 
 
 def _error(optim: Any) -> UsageError:
-    name = getattr(optim, "value", optim)
     return UsageError(
-        f"optim={name!r}: a plain Trainer takes one gradient a step, and this method needs two. Use "
+        f"optim={optim_name(optim)!r}: a plain Trainer takes one gradient a step, and this method needs two. Use "
         "hf_lightsam.LightSAMTrainer in its place (or, for another subclass of Trainer, put "
         "hf_lightsam.SharpnessAwareMixin before it: class MyTrainer(SharpnessAwareMixin, Seq2SeqTrainer))"
     )

@@ -26,7 +26,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xl
 from .callbacks import StuckLossWarning
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
-from .optim_flag import constructing_our_trainer, is_registered
+from .optim_flag import constructing_our_trainer, is_registered, optim_name
 from .passes import (
     RngState,
     TwoPass,
@@ -129,7 +129,7 @@ class SharpnessAwareMixin(_Base):
         for engine, is_used in engines.items():
             if is_used:
                 raise UsageError(
-                    f"optim={getattr(self.args.optim, 'value', self.args.optim)!r}: two passes a step do not work with "
+                    f"optim={optim_name(self.args.optim)!r}: two passes a step do not work with "
                     f"{engine}; expected a single device, DDP or FSDP2, launched by accelerate or torchrun"
                 )
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from .errors import UsageError
 from .optim.recipes import RECIPES, Recipe, get_recipe
 from .optim.validation import check_number
-from .optim_flag import is_registered, register
+from .optim_flag import is_registered, optim_name, register
 
 register()  # before the parser asks the enum for its choices
 
@@ -54,7 +54,6 @@ class LightSAMTrainingArguments(TrainingArguments):
         metadata={
             "help": "The optimizer: "
             + "; ".join(f"{name} ({recipe.summary})" for name, recipe in RECIPES.items())
-            # argparse formats help texts with %
             + "; or any optimizer name of transformers."
         },
     )
@@ -95,7 +94,7 @@ class LightSAMTrainingArguments(TrainingArguments):
             if given:
                 raise UsageError(
                     f"{given[0]}={getattr(self, given[0])!r}: not an option of "
-                    f"optim={getattr(self.optim, 'value', self.optim)!r}; expected with one of {', '.join(RECIPES)}"
+                    f"optim={optim_name(self.optim)!r}; expected with one of {', '.join(RECIPES)}"
                 )
 
 
@@ -114,7 +113,7 @@ def optimizer_arguments(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]
     Raises:
         UsageError: As for :class:`LightSAMTrainingArguments`.
     """
-    recipe = get_recipe(getattr(args.optim, "value", args.optim))
+    recipe = get_recipe(optim_name(args.optim))
     check_number("learning_rate", args.learning_rate)
     check_number("weight_decay", args.weight_decay)
     shared = {"beta1": args.adam_beta1, "beta2": args.adam_beta2, "eps": args.adam_epsilon}

@@ -128,11 +128,10 @@ def trimmed(
 def load_rows(arguments: StudyArguments, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset, Any, int]:
     """Return training rows, evaluation rows, the metric function and the number of labels."""
     task = get_task("cola" if arguments.task_name == "demo" else arguments.task_name)
-    if arguments.task_name == "demo":
-        rows = make_dataset(seed=0).map(lambda batch: tokenizer(batch["sentence"]), batched=True)
-    else:
-        splits = ["train", task.validation_splits[0]]
-        rows = preprocess(load_glue(task, arguments.data_dir, splits=splits), task, tokenizer, 128)
+    splits = ["train", task.validation_splits[0]]
+    is_demo = arguments.task_name == "demo"
+    raw = make_dataset(seed=0) if is_demo else load_glue(task, arguments.data_dir, splits=splits)
+    rows = preprocess(raw, task, tokenizer)
     train = rows["train"].shuffle(seed=0)
     if arguments.max_train_samples is not None:
         train = train.select(range(min(arguments.max_train_samples, len(train))))

@@ -33,6 +33,7 @@ from transformers import HfArgumentParser
 from hf_lightsam import SAM, LightSAM, UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.optim import SharpnessAwareOptimizer
+from hf_lightsam.plots import new_figure
 
 RESULTS = Path(__file__).parent / "results"
 HOVERS = 0.98
@@ -165,14 +166,8 @@ def _cell(result: dict[str, Any] | None) -> str:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Draw a heatmap a method: the last norm over the first, in decades; x marks divergence."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("the picture needs matplotlib; expected `pip install hf-lightsam[plots]`") from None
     methods = [method for method in METHODS if grid(results, method)[2]]
-    figure = Figure(figsize=(2.6 * len(methods) + 1.0, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.6 * len(methods) + 1.0, 3.4)
     all_axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     image = None
     for axes, method in zip(all_axes, methods, strict=True):

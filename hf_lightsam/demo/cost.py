@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ..optim import SharpnessAwareOptimizer
 
 
 def relative_cost(
@@ -29,9 +28,10 @@ def relative_cost(
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     model.train()
+    steps = _step(model, batch, baseline), _step(model, batch, optimizer)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repetitions + 1):
-        for which, step in enumerate((_plain_step(model, batch, baseline), _step(model, batch, optimizer))):
+        for which, step in enumerate(steps):
             start = time.perf_counter()
             step()
             if torch.accelerator.is_available():
@@ -41,22 +41,12 @@ def relative_cost(
     return other / plain
 
 
-def _plain_step(model: nn.Module, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def step() -> None:
+def _step(model: nn.Module, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    """Return what takes one step: a sharpness-aware optimizer calls the closure twice, another once."""
+
+    def closure() -> Any:
         optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def _step(model: nn.Module, batch: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    if not isinstance(optimizer, SharpnessAwareOptimizer):
-        return _plain_step(model, batch, optimizer)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = model(**batch).loss
+        loss = model(**batch).loss
         loss.backward()
         return loss
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..plots import new_figure
 
 
 @dataclass
@@ -80,13 +80,7 @@ def draw(runs: list[Run], path: Path) -> None:
     Raises:
         UsageError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("the picture needs matplotlib; expected `pip install hf-lightsam[plots]`") from None
-    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.0, 5.0)
     losses, sharpness = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
     for run, color in zip(runs, colors, strict=False):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
@@ -248,4 +247,3 @@ def _show_progress(trainer: LightSAMTrainer, progress: str) -> None:
         trainer.add_callback(_Bar)
     elif progress == "none":
         trainer.remove_callback(PrinterCallback)
-    sys.stdout.flush()
