@@ -1,4 +1,4 @@
-"""Trainer callbacks: a warning for a radius that keeps a model from learning, and an orderly end on Ctrl-C."""
+"""Trainer callbacks: warnings for a radius that is too long or too short, and an orderly end on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -63,6 +63,37 @@ class StuckLossWarning(TrainerCallback):
                 f"The perturbed loss has not fallen since step {step} ({loss:.4g}, now {logs['perturbed_loss']:.4g}), "
                 f"while the perturbation is {logs['perturbation_norm']:.3g} long. If the model does not learn, lower "
                 "rho (SAM's customary length is 0.05), or use rho_scale='global' if rho is a length for each weight."
+            )
+
+
+class LostPerturbationWarning(TrainerCallback):
+    """Warns once when rounding keeps most weights of low precision from being perturbed.
+
+    Attributes:
+        most: Share of the weights with a gradient from which on it warns.
+    """
+
+    most = 0.5
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Read the share from the log."""
+        lost = (logs or {}).get("perturbation_lost", 0.0)
+        if not self._has_warned and lost > self.most:
+            self._has_warned = True
+            logger.warning(
+                f"Rounding leaves {lost:.0%} of the weights where they were when they are perturbed: in bfloat16 a "
+                "perturbation of this length is mostly lost. Keep the weights in float32 (with bf16=True for the "
+                "computation), or raise rho."
             )
 
 

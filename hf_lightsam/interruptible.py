@@ -9,24 +9,14 @@ from pathlib import Path
 
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput, sort_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from .callbacks import StopOnInterrupt
+from .checkpoints import complete_checkpoints, find_checkpoint
 from .errors import UsageError
-
-TRAINER_STATE = "trainer_state.json"
-"""The file that the Trainer writes last into a checkpoint (transformers 5.23): with it, a checkpoint is complete."""
 
 INTERRUPTED = 130
 """Exit status of a command that was ended by Ctrl-C, as shells give it."""
-
-
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of a run that were written to their end, oldest step first."""
-    if not Path(output_dir).is_dir():
-        return []
-    found = [Path(path) for path in sort_checkpoints(output_dir=str(output_dir))]
-    return [path for path in found if (path / TRAINER_STATE).is_file()]
 
 
 def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> str | None:
@@ -40,24 +30,15 @@ def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | Non
         UsageError: If there is no complete checkpoint there; or if None is given and ``output_dir`` has checkpoints,
             which a new run would mix with its own.
     """
+    if resume_from_checkpoint is not None:
+        return find_checkpoint(output_dir, resume_from_checkpoint)
     existing = complete_checkpoints(output_dir)
-    if resume_from_checkpoint is None:
-        if existing:
-            raise UsageError(
-                f"output_dir={str(output_dir)!r}: it has checkpoints of an earlier run, {existing[-1].name} the last; "
-                "expected another folder, or --resume_from_checkpoint last to go on"
-            )
-        return None
-    if resume_from_checkpoint == "last":
-        if not existing:
-            raise UsageError(f"resume_from_checkpoint='last': no complete checkpoint in {str(output_dir)!r}")
-        return str(existing[-1])
-    if not (Path(resume_from_checkpoint) / TRAINER_STATE).is_file():
+    if existing:
         raise UsageError(
-            f"resume_from_checkpoint={resume_from_checkpoint!r}: no complete checkpoint there (no {TRAINER_STATE}); "
-            f"expected the folder of one, or 'last' for the last in {str(output_dir)!r}"
+            f"output_dir={str(output_dir)!r}: it has checkpoints of an earlier run, {existing[-1].name} the last; "
+            "expected another folder, or --resume_from_checkpoint last to go on"
         )
-    return resume_from_checkpoint
+    return None
 
 
 def train_interruptibly(trainer: Trainer, checkpoint: str | None, command: Sequence[str]) -> TrainOutput:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 class StepStatistics:
-    """Sums ``sharpness``, ``ascent_grad_norm`` and ``perturbation_norm`` without waiting for the device.
+    """Sums ``sharpness``, ``ascent_grad_norm`` and the like without waiting for the device.
 
     Args:
         device: Where the sums live.
@@ -41,3 +43,12 @@ class StepStatistics:
     def means(self) -> dict[str, Tensor]:
         """Return the mean of each name, as scalar tensors."""
         return {name: total / max(self.count(name), 1) for name, total in self._sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return sums and counts, for :meth:`load_state_dict`."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._sums = {name: total.to(self._device) for name, total in state_dict["sums"].items()}
+        self._counts = dict(state_dict["counts"])

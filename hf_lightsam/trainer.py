@@ -6,6 +6,10 @@ callback runs the ascent pass over that window, outside of the Trainer's own ``n
 for each micro-batch (public, overridden here to hold the weights perturbed meanwhile). Clipping, the optimizer step,
 schedulers, logging, evaluation and saving are the Trainer's own, and outside of ``training_step`` the weights are
 always the unperturbed ones.
+
+Private to transformers 5.23, and used nowhere else: ``_save_rng_state`` (called on every rank while a checkpoint is
+written), ``_tr_loss``, ``_globalstep_last_logged`` and ``_total_loss_scalar`` (the loss not logged yet, which a
+checkpoint of the Trainer's own leaves out), ``_loss_shifts_labels``.
 """
 
 from __future__ import annotations
@@ -19,21 +23,25 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
-from .callbacks import StuckLossWarning
+from .callbacks import LostPerturbationWarning, StuckLossWarning
+from .checkpoints import find_checkpoint, load_rank_state, save_rank_state
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
 from .optim_flag import constructing_our_trainer, is_registered, optim_name
 from .passes import (
     RngState,
     TwoPass,
+    count_items,
+    divisors,
     frozen_running_statistics,
     modules_with_running_statistics,
     unscale_ascent_gradients,
 )
+from .sigterm import checkpoint_on_sigterm_between_steps
 from .step_statistics import StepStatistics
 from .training_args import optimizer_arguments
 
@@ -66,9 +74,17 @@ class SharpnessAwareMixin(_Base):
     their difference; ``ascent_grad_norm``; means over the steps since the last log; and ``perturbation_norm``, the
     length of the whole perturbation, a mean over the steps on which it was measured.
 
+    The step is that of one large batch, however it is cut into micro-batches and spread over ranks: also where a last
+    micro-batch is shorter and the loss ignores ``num_items_in_batch``. (``average_tokens_across_devices=False`` makes
+    each rank's mean count alike, as in the Trainer.)
+
+    Checkpoints resume to the same bits; ``train(resume_from_checkpoint=True)`` takes the last one that was written to
+    its end. With ``enable_jit_checkpoint`` (a checkpoint on SIGTERM) it is written between steps.
+
     Raises:
-        UsageError: At construction, for options out of range, or an engine that takes the optimizer step over
-            (DeepSpeed, SageMaker model parallelism, XLA) or shards the model while loading it.
+        UsageError: At construction, for options out of range, an output folder that cannot be written, or an engine
+            that takes the optimizer step over (DeepSpeed, SageMaker model parallelism, XLA) or shards the model while
+            loading it. In ``train``, for a checkpoint that is not complete, or of another optimizer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,6 +94,8 @@ class SharpnessAwareMixin(_Base):
         self._in_ascent = False
         self._position = 0
         self._loss_scaling_is_known = False
+        self._divisors: list[Tensor] = []
+        self._resumed_from: str | None = None
         with constructing_our_trainer():
             super().__init__(*args, **kwargs)
         if is_registered(self.args.optim):
@@ -86,6 +104,9 @@ class SharpnessAwareMixin(_Base):
         self._statistics = StepStatistics(self.args.device)
         self.add_callback(_AscentCallback(self))
         self.add_callback(StuckLossWarning())
+        self.add_callback(LostPerturbationWarning())
+        if self.is_sharpness_aware:
+            checkpoint_on_sigterm_between_steps(self.callback_handler.callbacks)
 
     # ---- The optimizer ------------------------------------------------------------------------------------------
 
@@ -122,6 +143,9 @@ class SharpnessAwareMixin(_Base):
             "models sharded while loading (distributed_config), which have not been tried": (
                 self.is_distributed_loading_by_transformers
             ),
+            "FSDP under sync_ascent=False, where no rank has a whole gradient of its own": (
+                self.is_fsdp_enabled and not getattr(self.args, "sync_ascent", True)
+            ),
             "FSDP1, whose flat shards hide the norm of the whole gradient": (
                 self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
             ),
@@ -138,25 +162,49 @@ class SharpnessAwareMixin(_Base):
 
     # ---- The passes ---------------------------------------------------------------------------------------------
 
-    def _begin_training(self) -> None:
+    def _begin_training(self, train_dataloader: Any) -> None:
         """Make the plan, once the optimizer exists."""
         optimizer = self._sharpness_aware_optimizer()
         self._plan = None
         self._statistics.reset()
         self._loss_scaling_is_known = False
         if optimizer is not None:
-            replay_rng = getattr(self.args, "replay_rng", True)
-            self._plan = TwoPass(optimizer, self.args.device, replay_rng=replay_rng)
+            self._refuse_uneven_ranks(train_dataloader)
+            options = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
+            self._plan = TwoPass(optimizer, self.args.device, **options)
             self._with_running_statistics = modules_with_running_statistics(self._module())
+            if self._resumed_from is not None:
+                self._load_rank_state(self._resumed_from)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, as the Trainer's method; an exception or a window that was broken off leaves nothing perturbed."""
+    def _refuse_uneven_ranks(self, train_dataloader: Any) -> None:
+        """Refuse ranks with different numbers of batches: the one with more would wait for the others for ever."""
+        if self.args.world_size == 1 or not has_length(train_dataloader):
+            return
+        length = torch.tensor(len(train_dataloader), device=self.args.device)
+        lengths = cast(Tensor, nested_gather(length, self.args.parallel_mode)).tolist()
+        if len(set(lengths)) > 1 and self.state.max_steps * self.args.gradient_accumulation_steps > min(lengths):
+            raise UsageError(
+                f"train_dataset: the ranks have {lengths} batches; expected the same number on each: leave "
+                "accelerator_config's even_batches at true, or set dataloader_drop_last=True"
+            )
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, as the Trainer's method; an exception or a window that was broken off leaves nothing perturbed.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the last complete one in ``output_dir``.
+            *args: Further arguments of the Trainer's method.
+            **kwargs: Likewise.
+        """
+        if resume_from_checkpoint and self.is_sharpness_aware:
+            resume_from_checkpoint = find_checkpoint(self.args.output_dir or ".", resume_from_checkpoint)
+            self._resumed_from = resume_from_checkpoint
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._plan is not None:
                 self._plan.optimizer.restore()
-            self._plan, self._window = None, []
+            self._plan, self._window, self._resumed_from = None, [], None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -169,11 +217,12 @@ class SharpnessAwareMixin(_Base):
                 if not self.model_accepts_loss_kwargs:
                     num_items_in_batch = self._get_num_items_in_batch(batch_samples, device)
             self._window, self._num_items = batch_samples, num_items_in_batch
+            self._divisors = [] if self._loss_heeds(num_items_in_batch) else self._find_divisors(batch_samples)
         return batch_samples, num_items_in_batch
 
     def _run_ascent(self) -> None:
         """Accumulate the ascent gradient over the window; :meth:`training_step` perturbs along it."""
-        plan = self._plan
+        plan, self._position = self._plan, 0
         if plan is None or not plan.optimizer.wants_ascent or not self._window:
             self._window = []
             return
@@ -183,12 +232,12 @@ class SharpnessAwareMixin(_Base):
             # A copy, since a loss function may take labels out of its inputs and the descent pass needs them again.
             return self.training_step(model, copy.copy(self._window[index]), self._num_items)
 
-        self._position, self._in_ascent = 0, True
+        self._in_ascent = True
         try:
             no_sync = functools.partial(self.accelerator.no_sync, model=model)
             plan.ascend(len(self._window), forward_backward, no_sync, measure=self._is_measured_step())
         finally:
-            self._in_ascent = False
+            self._position, self._in_ascent = 0, False
         unscale_ascent_gradients(plan.optimizer, self.accelerator.scaler)
 
     def _is_measured_step(self) -> bool:
@@ -202,9 +251,14 @@ class SharpnessAwareMixin(_Base):
             The loss at the unperturbed weights, in both passes, so that what the Trainer logs is the clean loss.
         """
         plan = self._plan
-        if plan is None or self._in_ascent or not self._window:
+        if plan is None:
             return super().training_step(model, inputs, *args, **kwargs)
         index, self._position = self._position, self._position + 1
+        if self._divisors:
+            # What the Trainer divides the loss by: its own number gives a short micro-batch as much weight as a full.
+            self.current_gradient_accumulation_steps = cast(int, self._divisors[index])
+        if self._in_ascent or not self._window:
+            return super().training_step(model, inputs, *args, **kwargs)
         with plan.descend(index, model.zero_grad), frozen_running_statistics(self._with_running_statistics):
             perturbed_loss = super().training_step(model, inputs, *args, **kwargs)
         self._collect(plan, index, perturbed_loss)
@@ -219,20 +273,77 @@ class SharpnessAwareMixin(_Base):
             self._statistics.add("ascent_grad_norm", plan.optimizer.ascent_grad_norm)
         if is_first and plan.perturbation_norm is not None:
             self._statistics.add("perturbation_norm", plan.perturbation_norm)
+        if is_first and plan.perturbation_lost is not None:
+            self._statistics.add("perturbation_lost", plan.perturbation_lost)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, as the Trainer's method; a training log gets the sharpness and the norms of the ascent."""
         is_training_log = "loss" in logs and "learning_rate" in logs
         if self._plan is not None and is_training_log and self._statistics.count("sharpness"):
             means = self._statistics.means()
-            # Each rank has its own rows, and so its own sharpness; the norms are of averaged gradients, equal on all.
-            means["sharpness"] = nested_gather(means["sharpness"], self.args.parallel_mode).mean()
-            logs["perturbed_loss"] = logs["loss"] + means["sharpness"].item()
-            logs.update({name: mean.item() for name, mean in means.items()})
+            # Each rank has its own rows, and so its own sharpness; without sync_ascent its own norms too.
+            stacked = torch.stack(list(means.values())).unsqueeze(0)
+            values = cast(Tensor, nested_gather(stacked, self.args.parallel_mode)).mean(dim=0).tolist()
+            logs.update(zip(means, values, strict=True))
+            logs["perturbed_loss"] = logs["loss"] + logs["sharpness"]
             self._statistics.reset()
         super().log(logs, *args, **kwargs)
 
+    # ---- What a checkpoint of the Trainer's own leaves out -------------------------------------------------------
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._plan is None:
+            return
+        rank, world_size = self.args.process_index, self.args.world_size
+        state: dict[str, Any] = {
+            "statistics": self._statistics.state_dict(),
+            "unlogged_loss": self._tr_loss.detach().clone(),
+            "last_logged": self._globalstep_last_logged,
+        }
+        if not self._plan.sync_ascent and rank > 0:  # rank 0's ascent is in the optimizer's file
+            state["ascent"] = self._plan.optimizer.ascent.state_dict()["state"]
+        save_rank_state(output_dir, rank, world_size, state)
+
+    def _load_rank_state(self, checkpoint: str) -> None:
+        plan, rank, world_size = cast(TwoPass, self._plan), self.args.process_index, self.args.world_size
+        state = load_rank_state(checkpoint, rank, world_size)
+        if state is None:
+            if not plan.sync_ascent and plan.optimizer.ascent.has_state:
+                raise UsageError(
+                    f"resume_from_checkpoint={checkpoint!r}: it was not written by {world_size} ranks, and with "
+                    "sync_ascent=False each has an ascent of its own; expected as many ranks as then, or "
+                    "sync_ascent=True, which goes on with rank 0's"
+                )
+            return
+        self._statistics.load_state_dict(state["statistics"])
+        self._tr_loss = state["unlogged_loss"].to(self.args.device)
+        self._globalstep_last_logged = state["last_logged"]
+        # The loss reported at the end is that of the steps of this call alone.
+        self._total_loss_scalar -= nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
+        if not plan.sync_ascent and "ascent" in state:
+            groups = plan.optimizer.ascent.state_dict()["param_groups"]
+            plan.optimizer.ascent.load_state_dict({"state": state["ascent"], "param_groups": groups})
+
     # ---- The loss's scale under accumulation --------------------------------------------------------------------
+
+    def _loss_heeds(self, num_items: Tensor | int | None) -> bool:
+        """Whether the loss is divided by the window's items already, as ``Trainer.training_step`` decides it."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return bool(self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    def _find_divisors(self, window: list[Any]) -> list[Tensor]:
+        """Return what the mean loss of each micro-batch is to be divided by; nothing where all is one micro-batch."""
+        if len(window) == 1 and self.args.world_size == 1:
+            return []
+        counts = [count_items(batch, shifts_labels=self._loss_shifts_labels) for batch in window]
+        averages = self.args.average_tokens_across_devices
+
+        def gather(total: Tensor) -> Tensor:
+            return cast(Tensor, nested_gather(total, self.args.parallel_mode)) if averages else total
+
+        return divisors(counts, self.args.device, gather)
 
     def _find_loss_scaling(self, inputs: Any, num_items: Tensor | int | None) -> None:
         """Find out whether the loss heeds ``num_items_in_batch``, and set ``model_accepts_loss_kwargs`` by it.
@@ -275,7 +386,7 @@ class _AscentCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._begin_training()
+        self._trainer._begin_training(kwargs.get("train_dataloader"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._run_ascent()

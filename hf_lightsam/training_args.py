@@ -43,6 +43,9 @@ class LightSAMTrainingArguments(TrainingArguments):
     Args:
         replay_rng: Give the descent pass the random numbers of the ascent pass, so that both see the same dropout
             masks. Default: true.
+        sync_ascent: Average the ascent gradient over all ranks, so that the step is that of one large batch. False:
+            each rank perturbs by the gradient of its own rows (m-sharpness), which spares half of the communication;
+            not with FSDP. Default: true.
 
     Raises:
         UsageError: At construction, for an option that is out of range, does not parse (``optim_args``), is given
@@ -82,6 +85,13 @@ class LightSAMTrainingArguments(TrainingArguments):
     replay_rng: bool = field(
         default=True,
         metadata={"help": "Give the descent pass the ascent pass's random numbers: the same dropout masks in both."},
+    )
+    sync_ascent: bool = field(
+        default=True,
+        metadata={
+            "help": "Average the ascent gradient over ranks. False: each perturbs by its own rows' gradient, which "
+            "spares half of the communication."
+        },
     )
 
     def __post_init__(self) -> None:

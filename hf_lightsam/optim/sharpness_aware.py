@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .rules import Rule
 from .rules.base import Group, check_gradient
-from .tensors import copy_, difference_norm, swap_, total_norm
+from .tensors import copy_, difference_norm, local, swap_, total_norm
 from .validation import Params, check_choice, check_number, check_parameter
 
 RHO_SCALES = ("global", "coordinate")
@@ -244,6 +244,33 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         if not self._perturbed:
             raise RuntimeError("perturbation_norm() is defined while the weights are perturbed: call it in perturbed()")
         return difference_norm(self._perturbed, self._saved)
+
+    @torch.no_grad()
+    def perturbation_lost(self) -> Tensor | None:
+        """Return the share of perturbed low-precision weights with a gradient that rounding left where they were.
+
+        A bfloat16 weight of 0.02 has its next neighbour 1e-4 away, and a radius of 0.05 over 20M weights is 1e-5 for
+        each. For logging, now and then; the gradients must still be those of the ascent.
+
+        Returns:
+            A scalar tensor on the device; None where all perturbed weights are float32 or float64. On shards, of this
+            rank's.
+
+        Raises:
+            RuntimeError: If the weights are not perturbed.
+        """
+        if not self._perturbed:
+            raise RuntimeError("perturbation_lost() is defined while the weights are perturbed: call it in perturbed()")
+        counts = []
+        for parameter, saved in zip(self._perturbed, self._saved, strict=True):
+            if parameter.element_size() < 4 and parameter.grad is not None:
+                weights, before, gradient = local([parameter, saved, parameter.grad])
+                is_moved_by = gradient != 0
+                counts.append(torch.stack([(is_moved_by & (weights == before)).sum(), is_moved_by.sum()]))
+        if not counts:
+            return None
+        lost, total = torch.stack([count.to(counts[0].device) for count in counts]).sum(dim=0).float()
+        return lost / total.clamp(min=1)
 
     def _refuse_while_perturbed(self, method: str) -> None:
         if self._perturbed:

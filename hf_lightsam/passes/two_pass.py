@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,18 +23,31 @@ class TwoPass:
         optimizer: Perturbs the weights.
         device: Where the model computes; its random number generator is replayed.
         replay_rng: Start each micro-batch's descent pass with the random numbers of its ascent pass.
+        sync_ascent: Average the ascent gradient over ranks. Otherwise each rank perturbs by the gradient of its own
+            rows (m-sharpness, arXiv 2010.01412, section 4.1), which spares half of the communication.
 
     Attributes:
         clean_losses: Loss of each micro-batch of the present window at the weights, without gradient.
         perturbation_norm: L2 norm of the perturbation if :meth:`ascend` was asked to measure it, else None.
+        perturbation_lost: Likewise for weights of low precision: share of those with a gradient that rounding left
+            where they were; None where all weights are float32 or float64.
     """
 
-    def __init__(self, optimizer: SharpnessAwareOptimizer, device: torch.device, *, replay_rng: bool = True) -> None:
+    def __init__(
+        self,
+        optimizer: SharpnessAwareOptimizer,
+        device: torch.device,
+        *,
+        replay_rng: bool = True,
+        sync_ascent: bool = True,
+    ) -> None:
         self.optimizer = optimizer
         self.device = device
         self.replay_rng = replay_rng
+        self.sync_ascent = sync_ascent
         self.clean_losses: list[Tensor] = []
         self.perturbation_norm: Tensor | None = None
+        self.perturbation_lost: Tensor | None = None
         self._states: list[RngState] = []
         self._measure = False
         self._started = False
@@ -52,20 +65,21 @@ class TwoPass:
         Args:
             num_micro_batches: Length of the window.
             forward_backward: Runs micro-batch ``i`` forward and backward; returns its detached loss.
-            no_sync: Makes a context in which gradients are not averaged over ranks: all micro-batches but the last.
+            no_sync: Makes a context in which gradients are not averaged over ranks: all micro-batches but the last, or
+                all without ``sync_ascent``.
             measure: Measure the norm of the perturbation in the first :meth:`descend`.
         """
         self.optimizer.restore()  # of a window that was broken off, as are the gradients
         self.optimizer.zero_grad()
         self.clean_losses, self._states = [], []
-        self.perturbation_norm, self._measure, self._started = None, measure, False
+        self.perturbation_norm, self.perturbation_lost = None, None
+        self._measure, self._started = measure, False
         for index in range(num_micro_batches):
             if self.replay_rng:
                 self._states.append(RngState.capture(self.device))
-            if index < num_micro_batches - 1:
-                with no_sync():
-                    self.clean_losses.append(forward_backward(index))
-            else:
+            # A radius of 0 makes this the only gradient, which all ranks share whatever is asked of an ascent.
+            is_synchronised = index == num_micro_batches - 1 and (self.sync_ascent or not self.optimizer.wants_ascent)
+            with nullcontext() if is_synchronised else no_sync():
                 self.clean_losses.append(forward_backward(index))
 
     @contextmanager
@@ -80,9 +94,10 @@ class TwoPass:
             if not self._started:
                 self.optimizer.perturb()
                 self._started = True
-                zero_grad()
                 if self._measure and self.optimizer.is_perturbed:
                     self.perturbation_norm = self.optimizer.perturbation_norm()
+                    self.perturbation_lost = self.optimizer.perturbation_lost()
+                zero_grad()
             else:
                 self.optimizer.resume()
             if self.replay_rng:
