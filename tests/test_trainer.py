@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_weights, make_args, make_bert, make_rows, train, weights
+from tasks import TASKS, make_task
 from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     EarlyStoppingCallback,
-    GPT2Config,
-    GPT2LMHeadModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -183,35 +182,11 @@ def test_the_norm_of_the_ascent_gradient_is_not_clipped(tmp_path: Path, method: 
     assert first["ascent_grad_norm"] > 1e-3
 
 
-def make_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    )
-    return GPT2LMHeadModel(config)
-
-
-def make_texts() -> list[dict[str, torch.Tensor]]:
-    """Rows with 1 to 8 tokens that count."""
-    rows = make_rows()
-    for index, row in enumerate(rows):
-        row["labels"] = row["input_ids"].clone()
-        row["labels"][: (5 * index) % 7] = -100
-    return rows
-
-
-TASKS: dict[str, Any] = {
-    "classification": lambda: (make_bert(dropout=0.0), make_rows()),
-    "regression": lambda: (make_bert(num_labels=1, dropout=0.0), make_rows(regression=True)),
-    "causal_lm": lambda: (make_gpt2(), make_texts()),
-}
-
-
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path, method: str, task: str) -> None:
     def run(batch: int, accumulation: int) -> LightSAMTrainer:
-        model, rows = TASKS[task]()
+        model, rows = make_task(task)
         options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         # Without noise of rounding in weights whose gradient is zero up to rounding (the keys' biases), which Adam and
         # AdaGrad scale up to full size.
@@ -224,7 +199,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path, method:
         for log, expected in zip(train_logs(accumulated), train_logs(one), strict=True):
             for name in TRAIN_LOG:
                 assert log[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-6), name
-    start = TASKS[task]()[0]
+    start = make_task(task)[0]
     assert relative_difference(one.model, start) > 1e-4, "nothing was trained"
 
 
