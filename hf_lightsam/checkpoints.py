@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ UNFINISHED = "checkpoint-is-incomplete.txt"
 """What ``enable_jit_checkpoint`` marks a checkpoint with while it is being written (transformers 5.23)."""
 
 RANK_STATE = "sharpness_aware-rank{}-of{}.pt"
+
+
+def check_output_dir(output_dir: str | Path) -> None:
+    """Refuse a folder that could not be made or written to, before any work is lost.
+
+    Raises:
+        UsageError: If it, or the nearest folder above it that exists, is no folder or may not be written to.
+    """
+    nearest = Path(output_dir).absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "may not be written to" if nearest.is_dir() else "is not a folder"
+        raise UsageError(f"output_dir={str(output_dir)!r}: {nearest} {what}; expected a folder that can be made")
 
 
 def is_complete(checkpoint: str | Path) -> bool:

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from .callbacks import LostPerturbationWarning, StuckLossWarning
-from .checkpoints import find_checkpoint, load_rank_state, save_rank_state
+from .checkpoints import check_output_dir, find_checkpoint, load_rank_state, save_rank_state
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
 from .optim_flag import constructing_our_trainer, is_registered, optim_name
@@ -96,6 +96,9 @@ class SharpnessAwareMixin(_Base):
         self._loss_scaling_is_known = False
         self._divisors: list[Tensor] = []
         self._resumed_from: str | None = None
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
+        if given is not None and given.should_save and is_registered(given.optim):
+            check_output_dir(given.output_dir or ".")
         with constructing_our_trainer():
             super().__init__(*args, **kwargs)
         if is_registered(self.args.optim):
