@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -94,6 +95,30 @@ class LostPerturbationWarning(TrainerCallback):
                 f"Rounding leaves {lost:.0%} of the weights where they were when they are perturbed: in bfloat16 a "
                 "perturbation of this length is mostly lost. Keep the weights in float32 (with bf16=True for the "
                 "computation), or raise rho."
+            )
+
+
+class NonFiniteGradientWarning(TrainerCallback):
+    """Warns once of a descent gradient that is infinite or NaN, which most optimizers carry into the weights."""
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the norm in the log."""
+        norm = (logs or {}).get("grad_norm", 0.0)
+        if not self._has_warned and not math.isfinite(norm) and not args.fp16:  # fp16 meets, and skips, such steps
+            self._has_warned = True
+            logger.warning(
+                f"The norm of the descent gradient is {norm} at step {state.global_step}: the weights are likely lost. "
+                "Lower the learning rate or rho, look for bad rows, or go on from an earlier checkpoint."
             )
 
 

@@ -27,7 +27,7 @@ from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
-from .callbacks import LostPerturbationWarning, StuckLossWarning
+from .callbacks import LostPerturbationWarning, NonFiniteGradientWarning, StuckLossWarning
 from .checkpoints import check_output_dir, find_checkpoint, load_rank_state, save_rank_state
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
@@ -82,9 +82,10 @@ class SharpnessAwareMixin(_Base):
     its end. With ``enable_jit_checkpoint`` (a checkpoint on SIGTERM) it is written between steps.
 
     Raises:
-        UsageError: At construction, for options out of range, an output folder that cannot be written, or an engine
-            that takes the optimizer step over (DeepSpeed, SageMaker model parallelism, XLA) or shards the model while
-            loading it. In ``train``, for a checkpoint that is not complete, or of another optimizer.
+        UsageError: At construction, for options out of range, an output folder that cannot be written, an optimizer
+            that is not of the family while ``args.optim`` is, or an engine that takes the optimizer step over
+            (DeepSpeed, SageMaker model parallelism, XLA) or shards the model while loading it. In ``train``, for a
+            checkpoint that is not complete, or of another optimizer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -104,11 +105,12 @@ class SharpnessAwareMixin(_Base):
         if is_registered(self.args.optim):
             optimizer_arguments(self.args)  # options are checked now, not when training starts
         self._refuse_engines()
+        self._refuse_other_optimizers()
         self._statistics = StepStatistics(self.args.device)
         self.add_callback(_AscentCallback(self))
-        self.add_callback(StuckLossWarning())
-        self.add_callback(LostPerturbationWarning())
         if self.is_sharpness_aware:
+            for warning in (StuckLossWarning, LostPerturbationWarning, NonFiniteGradientWarning):
+                self.add_callback(warning())
             checkpoint_on_sigterm_between_steps(self.callback_handler.callbacks)
 
     # ---- The optimizer ------------------------------------------------------------------------------------------
@@ -159,6 +161,20 @@ class SharpnessAwareMixin(_Base):
                     f"optim={optim_name(self.args.optim)!r}: two passes a step do not work with "
                     f"{engine}; expected a single device, DDP or FSDP2, launched by accelerate or torchrun"
                 )
+
+    def _refuse_other_optimizers(self) -> None:
+        """Refuse an optimizer of the user's that is not of the family under an ``optim`` that is."""
+        if not is_registered(self.args.optim) or self.is_sharpness_aware:
+            return
+        if self.optimizer is not None:
+            name = f"optimizers=({type(self.optimizer).__name__}, ...)"
+        else:
+            made = cast(tuple[Any, Any], self.optimizer_cls_and_kwargs)[0]
+            name = f"optimizer_cls_and_kwargs=({getattr(made, '__name__', made)}, ...)"
+        raise UsageError(
+            f"{name}: it takes one gradient a step, and args.optim={optim_name(self.args.optim)!r} asks for two; "
+            "expected an optimizer such as hf_lightsam.LightSAM, or optim='adamw_torch' to train without a perturbation"
+        )
 
     def _module(self) -> nn.Module:
         return cast(nn.Module, self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,15 @@ from .tensors import copy_, difference_norm, local, swap_, total_norm
 from .validation import Params, check_choice, check_number, check_parameter
 
 RHO_SCALES = ("global", "coordinate")
+UNSUPPORTED = {
+    "capturable": "a CUDA graph cannot hold the decision whether the weights are perturbed",
+    "differentiable": "perturbing and restoring are not recorded by autograd",
+}
 ASCENT_PREFIX = "ascent_"
 """Marks the ascent's tensors in :meth:`SharpnessAwareOptimizer.state_dict`."""
+
+_perturbed_by: dict[int, weakref.ref[SharpnessAwareOptimizer]] = {}
+"""Which optimizer has moved the parameter of an ``id``: a second one would restore or step from the wrong place."""
 
 MakeAscent = Callable[[list[Group]], Rule]
 MakeDescent = Callable[[list[Group]], torch.optim.Optimizer]
@@ -69,7 +77,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             device), None before the first.
 
     Raises:
-        UsageError: For an option out of range, or a parameter of another dtype.
+        UsageError: For an option out of range or not supported (``capturable``, ``differentiable``), or a parameter of
+            another dtype.
     """
 
     ascent: Rule
@@ -90,6 +99,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"rho": rho, "rho_scale": rho_scale, **defaults})
         self.descent = make_descent(self.param_groups)
         self._share_groups()
+        for group in self.param_groups:
+            self._check_group(group)
         self.ascent = make_ascent([{"params": group["params"]} for group in self.param_groups])
         self.defaults = {**self.descent.defaults, **self.defaults, "sharpness_aware": self._signature()}
         for group in self.param_groups:
@@ -129,6 +140,9 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: Group) -> None:
         check_number("rho", group["rho"])
         check_choice("rho_scale", group["rho_scale"], RHO_SCALES)
+        for option, reason in UNSUPPORTED.items():
+            if group.get(option):
+                raise UsageError(f"{option}={group[option]!r}: not supported, as {reason}; expected False")
         for parameter in group["params"]:
             check_parameter(parameter)
 
@@ -151,13 +165,14 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         Prefer :meth:`perturbed`, which cannot forget the restore.
 
         Raises:
-            RuntimeError: If the weights are perturbed already.
+            RuntimeError: If the weights are perturbed already, by this optimizer or another one.
         """
         self._refuse_while_perturbed("perturb")
         groups = self._ascent_groups()
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             check_gradient(parameter)
+        self._refuse_what_another_has_perturbed("perturb")
         self._ascended = True
         if not parameters:
             return
@@ -168,6 +183,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._saved = [self._buffer(p) for p in parameters]
         copy_(self._saved, parameters)
         self._perturbed = parameters
+        _perturbed_by.update(dict.fromkeys(map(id, parameters), weakref.ref(self)))
         try:
             self.ascent.ascend(groups, self.ascent_grad_norm)
         except BaseException:
@@ -207,6 +223,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             copy_(self._perturbed, self._saved)
         else:
             self._swapped = False
+        for parameter in self._perturbed:
+            _perturbed_by.pop(id(parameter), None)
         self._perturbed, self._saved = [], []
 
     @contextmanager
@@ -279,6 +297,18 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                 "block (or call restore()) first"
             )
 
+    def _refuse_what_another_has_perturbed(self, method: str) -> None:
+        if not _perturbed_by:
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                other = _perturbed_by.get(id(parameter), lambda: None)()
+                if other is not None and other is not self:
+                    raise RuntimeError(
+                        f"{method}() was called while another {type(other).__name__} holds a parameter of shape "
+                        f"{tuple(parameter.shape)} perturbed: it would undo the move when it restores the weights"
+                    )
+
     # ---- The step ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -300,6 +330,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                 call ``step`` to make the state exist).
         """
         self._refuse_while_perturbed("step")
+        self._refuse_what_another_has_perturbed("step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
