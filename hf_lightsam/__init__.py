@@ -7,13 +7,15 @@ from .callbacks import StopOnInterrupt
 from .errors import UsageError
 from .optim import SAM, LightSAM, SharpnessAwareOptimizer
 from .optim.recipes import RECIPES, optimizer_cls_and_kwargs
-from .trainer import LightSAMTrainer, SharpnessAwareMixin
-from .training_args import LightSAMTrainingArguments
+from .trainer import LightSAMSeq2SeqTrainer, LightSAMTrainer, SharpnessAwareMixin
+from .training_args import LightSAMSeq2SeqTrainingArguments, LightSAMTrainingArguments
 
 __all__ = [
     "RECIPES",
     "SAM",
     "LightSAM",
+    "LightSAMSeq2SeqTrainer",
+    "LightSAMSeq2SeqTrainingArguments",
     "LightSAMTrainer",
     "LightSAMTrainingArguments",
     "SharpnessAwareMixin",

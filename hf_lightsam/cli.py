@@ -27,6 +27,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("demo", help="fine-tune a small encoder on sentences made by a program", add_help=False)
+    commands.add_parser(
+        "run", help="run a script with transformers' Trainer swapped for LightSAM's: run SCRIPT ...", add_help=False
+    )
+    if arguments[:1] == ["run"]:  # all that follows is the script's
+        from .launch import main as run_script
+
+        run_script(arguments[1:])
+        return
     command, rest = parser.parse_known_args(arguments)
     if command.command == "demo":
         from .demo.run import parse_arguments, run  # imported here: it loads datasets, and needs the extra [demo]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
@@ -419,3 +419,7 @@ class LightSAMTrainer(SharpnessAwareMixin, Trainer):
         args = LightSAMTrainingArguments("out", optim="lightsam_adam", learning_rate=2e-5)
         LightSAMTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
     """
+
+
+class LightSAMSeq2SeqTrainer(SharpnessAwareMixin, Seq2SeqTrainer):
+    """The :class:`~transformers.Seq2SeqTrainer` for LightSAM and its family; see :class:`SharpnessAwareMixin`."""

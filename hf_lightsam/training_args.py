@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .errors import UsageError
 from .optim.recipes import RECIPES, Recipe, get_recipe
@@ -106,6 +106,11 @@ class LightSAMTrainingArguments(TrainingArguments):
                     f"{given[0]}={getattr(self, given[0])!r}: not an option of "
                     f"optim={optim_name(self.optim)!r}; expected with one of {', '.join(RECIPES)}"
                 )
+
+
+@dataclass
+class LightSAMSeq2SeqTrainingArguments(LightSAMTrainingArguments, Seq2SeqTrainingArguments):
+    """``Seq2SeqTrainingArguments`` with the options of :class:`LightSAMTrainingArguments`."""
 
 
 def optimizer_arguments(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]]:

@@ -7,12 +7,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network, and a test that tried would only be slow
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
 
@@ -87,3 +88,44 @@ def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module, **toler
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+# ---- For whole commands: a model's folder and invented rows in GLUE's layout -----------------------------------------
+
+WORDS = ["the", "a", "cat", "dog", "sees", "hears", "small", "large", "not", "very", "house", "tree", "and", "or"]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    make_bert().save_pretrained(folder)
+    return folder
+
+
+def sentence(chooser: random.Random) -> str:
+    return " ".join(chooser.choices(WORDS, k=6))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Invented rows for a task without header, a regression and a task with two development sets."""
+    root = tmp_path_factory.mktemp("glue")
+    chooser = random.Random(0)
+
+    def write(path: str, header: str, rows: list[str]) -> None:
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_text("\n".join([header] * bool(header) + rows) + "\n")
+
+    for name, count in (("train", 48), ("dev", 16)):
+        rows = [f"src\t{chooser.randint(0, 1)}\t\t{sentence(chooser)}" for _ in range(count)]
+        write(f"CoLA/{name}.tsv", "", rows)
+        rows = [f"{i}\t{sentence(chooser)}\t{sentence(chooser)}\t{chooser.uniform(0, 5):.3f}" for i in range(count)]
+        write(f"STS-B/{name}.tsv", "index\tsentence1\tsentence2\tscore", rows)
+    write("CoLA/test.tsv", "index\tsentence", [f"{i}\t{sentence(chooser)}" for i in range(5)])
+    labels = ("entailment", "neutral", "contradiction")
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        rows = [f"{i}\t{sentence(chooser)}\t{sentence(chooser)}\t{chooser.choice(labels)}" for i in range(12)]
+        write(f"MNLI/{name}.tsv", "index\tsentence1\tsentence2\tgold_label", rows)
+    return root

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,11 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import make_bert
-from transformers import BertTokenizer
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
-WORDS = ["the", "a", "cat", "dog", "sees", "hears", "small", "large", "not", "very", "house", "tree", "and", "or"]
 
 
 @pytest.fixture(scope="module")
@@ -30,42 +26,6 @@ def run_glue() -> ModuleType:
     sys.modules["run_glue"] = module
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    make_bert().save_pretrained(folder)
-    return folder
-
-
-def sentence(chooser: random.Random) -> str:
-    return " ".join(chooser.choices(WORDS, k=6))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Invented rows for a task without header, a regression and a task with two development sets."""
-    root = tmp_path_factory.mktemp("glue")
-    chooser = random.Random(0)
-
-    def write(path: str, header: str, rows: list[str]) -> None:
-        (root / path).parent.mkdir(exist_ok=True)
-        (root / path).write_text("\n".join([header] * bool(header) + rows) + "\n")
-
-    for name, count in (("train", 48), ("dev", 16)):
-        rows = [f"src\t{chooser.randint(0, 1)}\t\t{sentence(chooser)}" for _ in range(count)]
-        write(f"CoLA/{name}.tsv", "", rows)
-        rows = [f"{i}\t{sentence(chooser)}\t{sentence(chooser)}\t{chooser.uniform(0, 5):.3f}" for i in range(count)]
-        write(f"STS-B/{name}.tsv", "index\tsentence1\tsentence2\tscore", rows)
-    write("CoLA/test.tsv", "index\tsentence", [f"{i}\t{sentence(chooser)}" for i in range(5)])
-    labels = ("entailment", "neutral", "contradiction")
-    for name in ("train", "dev_matched", "dev_mismatched"):
-        rows = [f"{i}\t{sentence(chooser)}\t{sentence(chooser)}\t{chooser.choice(labels)}" for i in range(12)]
-        write(f"MNLI/{name}.tsv", "index\tsentence1\tsentence2\tgold_label", rows)
-    return root
 
 
 def arguments(model_dir: Path, data_dir: Path, output_dir: Path, task: str = "cola", **flags: object) -> list[str]:

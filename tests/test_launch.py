@@ -1,0 +1,171 @@
+"""Scripts that know nothing of the package run with it; all examples run as their users launch them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import sentence
+
+from hf_lightsam import LightSAMSeq2SeqTrainingArguments, LightSAMTrainer, LightSAMTrainingArguments, UsageError
+from hf_lightsam.cli import main as cli
+from hf_lightsam.launch import run_script, swapped
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+UNMODIFIED = EXAMPLES / "unmodified_script.py"
+CONFIGS = sorted((EXAMPLES / "accelerate_configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def csv_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder, chooser = tmp_path_factory.mktemp("csv"), random.Random(0)
+    flags = []
+    for name, count in (("train", 32), ("validation", 8)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows([sentence(chooser), index % 2] for index in range(count))
+        flags += [f"--{name}_file", str(folder / f"{name}.csv")]
+    return flags
+
+
+def flags(model_dir: Path, csv_files: list[str], output: Path, *others: str) -> list[str]:
+    common = ["--max_steps", "3", "--logging_steps", "1", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+    return ["--model_name_or_path", str(model_dir), *csv_files, "--output_dir", str(output), *common, *others]
+
+
+def train_logs(output: Path) -> list[dict[str, float]]:
+    return json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_an_unmodified_script_knows_nothing_of_the_package() -> None:
+    code = UNMODIFIED.read_text().split('"""', 2)[2]
+    assert "hf_lightsam" not in code
+    assert "LightSAM" not in code
+
+
+@pytest.mark.parametrize("optim", ["lightsam_adam", "sam", None])
+def test_an_unmodified_script_trains_with_two_passes(
+    model_dir: Path, csv_files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], optim: str | None
+) -> None:
+    others = ["--rho", "0.1"] if optim is None else ["--optim", optim, "--rho", "0.1"]
+    argv, path = list(sys.argv), list(sys.path)
+    cli(["run", str(UNMODIFIED), *flags(model_dir, csv_files, tmp_path, *others)])
+    assert (sys.argv, sys.path) == (argv, path)
+    assert capsys.readouterr().err.count("in place of those of transformers") == 1
+    assert all("sharpness" in log for log in train_logs(tmp_path)[:3])
+    assert transformers.Trainer is not LightSAMTrainer, "the swap was taken back"
+
+
+def test_an_unmodified_script_with_another_optimizer_is_as_ever(
+    model_dir: Path, csv_files: list[str], tmp_path: Path
+) -> None:
+    outputs = tmp_path / "ours", tmp_path / "theirs"
+    arguments = [flags(model_dir, csv_files, output, "--optim", "adamw_torch") for output in outputs]
+    run_script([str(UNMODIFIED), *arguments[0]])
+    done = subprocess.run([sys.executable, str(UNMODIFIED), *arguments[1]], env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0
+    ours, theirs = map(train_logs, outputs)
+    assert [log.get("loss") for log in ours] == pytest.approx([log.get("loss") for log in theirs], rel=1e-6)
+
+
+def test_a_bad_option_is_told_in_a_line(
+    model_dir: Path, csv_files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli(["run", str(UNMODIFIED), *flags(model_dir, csv_files, tmp_path, "--rho", "-1")])
+    assert exit_.value.code == 2
+    assert "rho=-1.0: expected" in capsys.readouterr().err
+
+
+def test_modules_and_missing_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    run_script(["-m", "calendar", "2026", "11"])
+    assert "November 2026" in capsys.readouterr().out
+    for arguments in ([], ["no_such_script.py"]):
+        with pytest.raises(UsageError, match="expected the path of a script"):
+            run_script(arguments)
+
+
+def test_what_scripts_import_under_the_swap() -> None:
+    with swapped():
+        from transformers import Trainer, TrainingArguments
+        from transformers.trainer import Trainer as FromModule
+
+        assert Trainer is FromModule is LightSAMTrainer
+        assert TrainingArguments is LightSAMTrainingArguments
+        assert transformers.Seq2SeqTrainingArguments is LightSAMSeq2SeqTrainingArguments
+
+
+def test_seq2seq_arguments_have_both_kinds_of_fields(tmp_path: Path) -> None:
+    args = LightSAMSeq2SeqTrainingArguments(str(tmp_path), rho=0.1, predict_with_generate=True, report_to="none")
+    assert args.predict_with_generate
+    assert args.rho == 0.1
+    with pytest.raises(UsageError, match=r"rho=-1"):
+        LightSAMSeq2SeqTrainingArguments(str(tmp_path), rho=-1.0, report_to="none")
+
+
+# ---- Launched -------------------------------------------------------------------------------------------------------
+
+
+def launch(*arguments: str) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+TWO = ["--config_file", str(EXAMPLES / "accelerate_configs" / "cpu_2_processes.yaml")]
+
+
+def test_run_glue_on_two_processes(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    launch(
+        *TWO,
+        str(EXAMPLES / "run_glue.py"),
+        *["--model_name_or_path", str(model_dir), "--data_dir", str(data_dir), "--output_dir", str(tmp_path)],
+        *["--task_name", "cola", "--do_train", "--do_eval", "--max_steps", "3", "--report_to", "none"],
+        *["--optim", "lightsam_adam", "--sync_ascent", "false", "--save_strategy", "no"],
+    )
+    assert "eval_matthews_correlation" in json.loads((tmp_path / "all_results.json").read_text())
+
+
+def test_an_unmodified_script_on_two_processes(model_dir: Path, csv_files: list[str], tmp_path: Path) -> None:
+    said = launch(
+        *TWO, "-m", "hf_lightsam.launch", str(UNMODIFIED), *flags(model_dir, csv_files, tmp_path, "--optim", "sam")
+    )
+    assert "in place of those of transformers" in said
+    assert all("sharpness" in log for log in train_logs(tmp_path)[:3])
+
+
+def test_run_glue_without_the_trainer(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    results = {}
+    for name, config in {"one": ["--cpu", "--num_processes", "1"], "two": TWO}.items():
+        # Two pieces on one process, one on each of two: the same windows, were the rows not shuffled.
+        pieces = "2" if name == "one" else "1"
+        launch(
+            *config,
+            str(EXAMPLES / "run_glue_no_trainer.py"),
+            *["--model_name_or_path", str(model_dir), "--data_dir", str(data_dir), "--output_dir"],
+            *[str(tmp_path / name), "--task_name", "cola", "--num_train_epochs", "1", "--cpu", "true"],
+            *["--gradient_accumulation_steps", pieces],
+        )
+        results[name] = json.loads((tmp_path / name / "eval_results.json").read_text())
+        assert (tmp_path / name / "model.safetensors").is_file()
+    assert all("matthews_correlation" in metrics for metrics in results.values())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_the_configs(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
+    assert config.distributed_type.value in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
+    if config.distributed_type.value == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
