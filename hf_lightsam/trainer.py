@@ -189,6 +189,7 @@ class SharpnessAwareMixin(_Base):
         self._loss_scaling_is_known = False
         if optimizer is not None:
             self._refuse_uneven_ranks(train_dataloader)
+            optimizer.forget_ascents_without_a_step()  # of a batch that auto_find_batch_size has made smaller since
             options = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
             self._plan = TwoPass(optimizer, self.args.device, **options)
             self._with_running_statistics = modules_with_running_statistics(self._module())

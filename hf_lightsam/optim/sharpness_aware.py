@@ -355,6 +355,11 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             )
         self.ascent.make_state(self._ascent_groups())
 
+    def forget_ascents_without_a_step(self) -> None:
+        """Drop the ascent's state if no step was ever taken: of a first try that failed, as out of memory."""
+        if not self.state:
+            self.ascent.state.clear()
+
     # ---- State ------------------------------------------------------------------------------------------------
 
     def _signature(self) -> dict[str, str]:
