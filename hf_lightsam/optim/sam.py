@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,14 +38,20 @@ class SAM(SharpnessAwareOptimizer):
         rho: Length of the perturbation of the whole model, at least 0. Default: 0.05.
         foreach: Use torch's multi-tensor kernels for the ascent.
         fused: Use torch's fused kernels for the ascent. Default, with both None: fused where the device has them.
+        ascent_options: Handed to the ascent rule; for subclasses, whose rule has any.
         **descent_options: Handed to ``descent`` (``lr``, ``weight_decay``, ``betas``, ``momentum``, ``fused`` through
             ``descent=functools.partial(...)``).
+
+    Attributes:
+        rule: The ascent rule; subclasses name another.
 
     Memory beyond the descent's: one copy of the perturbed weights. Cost: two gradients a step.
 
     Raises:
         UsageError: For an option out of range, or an unknown descent.
     """
+
+    rule: ClassVar[type[Rule]] = NormalizedGradient
 
     def __init__(
         self,
@@ -55,6 +61,7 @@ class SAM(SharpnessAwareOptimizer):
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
+        ascent_options: Mapping[str, Any] | None = None,
         **descent_options: Any,
     ) -> None:
         check_kernels(foreach, fused)
@@ -68,7 +75,7 @@ class SAM(SharpnessAwareOptimizer):
             raise UsageError(f"descent={descent!r}: expected an optimizer class or one of {', '.join(DESCENTS)}")
 
         def make_ascent(groups: list[Group]) -> Rule:
-            return NormalizedGradient(groups, 0.0, maximize=True, foreach=foreach, fused=fused)
+            return self.rule(groups, 0.0, maximize=True, foreach=foreach, fused=fused, **(ascent_options or {}))
 
         def make_descent(groups: list[Group]) -> torch.optim.Optimizer:
             try:

@@ -6,10 +6,10 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from .rules import Rule
@@ -85,6 +85,9 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     descent: torch.optim.Optimizer
     ascent_grad_norm: Tensor | None
 
+    _copied: ClassVar[tuple[str, ...]] = ("ascent", "descent", "ascent_grad_norm")
+    """Attributes that a pickle or a copy keeps; subclasses add theirs."""
+
     def __init__(
         self,
         params: Params,
@@ -117,6 +120,15 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         """Make the descent's groups and state this optimizer's own: one list, one dict."""
         self.param_groups = self.descent.param_groups
         self.state = self.descent.state
+
+    def bind(self, model: nn.Module) -> None:
+        """Tell the method whose parameters it has: the Trainer and the loop call it before training (default: no use).
+
+        Methods that treat weights by name or role override it.
+
+        Args:
+            model: The model, without wrappers; it may have parameters that the optimizer does not.
+        """
 
     # ---- Parameter groups -------------------------------------------------------------------------------------
 
@@ -461,9 +473,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._refuse_while_perturbed("pickle or deepcopy")
         return {
             **super().__getstate__(),
-            "ascent": self.ascent,
-            "descent": self.descent,
-            "ascent_grad_norm": self.ascent_grad_norm,
+            **{name: getattr(self, name) for name in self._copied},
             "_perturbed": [],
             "_saved": [],
             "_buffers": {},
