@@ -257,6 +257,14 @@ def test_bad_options(method: str, options: dict[str, Any], message: str) -> None
         METHODS[method](nn.Linear(2, 2).parameters(), lr=0.1, **options)
 
 
+def test_patterns_are_of_names_before_compilation() -> None:
+    model = make_model("BertForSequenceClassification")
+    found = parameter_roles(torch.compile(model), {"classifier.weight": "hidden"})
+    expected = parameter_roles(model, {"classifier.weight": "hidden"})
+    assert list(found.values()) == list(expected.values())
+    assert expected["classifier.weight"] == "hidden"
+
+
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     model = make_model("BertForSequenceClassification")
     with pytest.raises(UsageError, match=r"'\*\.rooter\.\*' matches no parameter of the model.*bert\.embeddings"):

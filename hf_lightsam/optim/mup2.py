@@ -35,8 +35,8 @@ class LayerwiseSAM(SAM):
     Args:
         params: Parameters or parameter groups; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`.
         descent: As for :class:`~hf_lightsam.optim.SAM`. Default: ``"adamw"``.
-        rho: Length of the perturbation of a model of the base width, at least 0. Default: 0.05. At another width the
-            whole perturbation is about ``sqrt(m)`` as long.
+        rho: Length of the perturbation of a model of the base width, at least 0. Default: 0.05. At another width it is
+            ``rho * sqrt(m)`` long.
         base_width: Width at which the method is SAM: that of the model on which ``rho`` was tuned, a positive integer.
             Default: 768, of the "base" models of the BERT and RoBERTa families.
         width: Width of the model. Default: ``hidden_size`` (``d_model``, ``n_embd``) of its configuration.

@@ -143,7 +143,7 @@ class RoleFinder:
         self._overrides = check_roles(roles)
         self._names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._names.setdefault(id(parameter), []).append(name)
+            self._names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))  # torch.compile's
         self._uses: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
