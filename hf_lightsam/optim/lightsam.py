@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import UsageError
 from .rules import AdaGrad, AdaGradNorm, Adam, Rule
 from .rules.base import Group
 from .sharpness_aware import RHO_SCALES, SharpnessAwareOptimizer
-from .validation import Params, check_choice, check_kernels
+from .validation import Params, check_betas, check_choice, check_kernels
 
+BETAS = (0.9, 0.999)
 VARIANTS: dict[str, type[Rule]] = {"adam": Adam, "adagrad": AdaGrad, "adagrad_norm": AdaGradNorm}
 
 
@@ -26,6 +28,9 @@ class LightSAM(SharpnessAwareOptimizer):
     ``"adam"``          III: r, u = EMA of s, s*s,                   m, v = EMA of g, g*g,
                         w = x + rho r / sqrt(u)                      x -= lr m / sqrt(v)
     ==================  ===========================================  ============================================
+
+    ``ascent`` and ``descent`` each replace the movement of ``variant`` by that of another form: nine pairs, of which
+    the paper has three. (The ascents of I and II shrink as 1/sqrt(t), that of III does not.)
 
     Accumulators start at ``eps**2`` and nothing is added in a denominator. With ``rho_scale="coordinate"`` and the
     options that follow from it this is the paper to the letter. The default, ``rho_scale="global"``, keeps the
@@ -47,19 +52,23 @@ class LightSAM(SharpnessAwareOptimizer):
         lr: Learning rate, at least 0. Default: 5e-5.
         rho: Radius of the perturbation, at least 0; with 0 no perturbation is made. Default: 0.05.
         variant: ``"adam"`` (III), ``"adagrad"`` (II) or ``"adagrad_norm"`` (I). Default: ``"adam"``.
-        betas: Decay rates of the moments of III, of both movements, each in [0, 1). Default: (0.9, 0.999).
+        betas: Decay rates of the moments of III, of each movement that has this form, each in [0, 1). Default: (0.9,
+            0.999).
         eps: Square root of the accumulators' start, above 0. Default: 1e-8.
         weight_decay: Decoupled weight decay of the descent, at the restored weights. Default: 0.
+        ascent: ``"adam"``, ``"adagrad"`` or ``"adagrad_norm"``: the form of the ascent. Default: that of ``variant``.
+        descent: The form of the descent, likewise. Default: that of ``variant``.
         rho_scale: ``"global"`` or ``"coordinate"``, as in the table above. Default: ``"global"``.
-        bias_correction: For III only: override what follows from ``rho_scale``.
+        bias_correction: For III only, as ``betas``: override what follows from ``rho_scale``.
         foreach: Use torch's multi-tensor kernels in both movements.
         fused: Use torch's fused kernels in both movements. Default, with both None: fused where the device has them.
 
-    Memory beyond the weights and gradients: one copy of the perturbed weights, and state of 0 (I), 2 (II) or 4 (III)
-    copies. Cost: two gradients a step.
+    Memory beyond the weights and gradients: one copy of the perturbed weights, and state of 0 (I), 1 (II) or 2 (III)
+    copies for each movement. Cost: two gradients a step.
 
     Raises:
-        UsageError: For an option out of range, an unknown variant or scale, or a parameter of another dtype.
+        UsageError: For an option out of range, an unknown variant or scale, a parameter of another dtype, or an option
+            of form III where neither movement has it.
     """
 
     def __init__(
@@ -68,12 +77,14 @@ class LightSAM(SharpnessAwareOptimizer):
         lr: float = 5e-5,
         rho: float = 0.05,
         variant: str = "adam",
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = BETAS,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         rho_scale: str = "global",
         bias_correction: bool | None = None,
         *,
+        ascent: str | None = None,
+        descent: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
@@ -81,24 +92,45 @@ class LightSAM(SharpnessAwareOptimizer):
         check_choice("rho_scale", rho_scale, RHO_SCALES)
         check_choice("bias_correction", bias_correction, (None, True, False))
         check_kernels(foreach, fused)
+        ascent = check_choice("ascent", variant if ascent is None else ascent, tuple(VARIANTS))
+        descent = check_choice("descent", variant if descent is None else descent, tuple(VARIANTS))
         to_the_letter = rho_scale == "coordinate"
-        options: dict[str, Any] = {"eps": eps, "foreach": foreach, "fused": fused}
-        descent_options: dict[str, Any] = {"weight_decay": weight_decay}
-        if variant == "adam":
-            options |= {
-                "betas": betas,
-                "bias_correction": not to_the_letter if bias_correction is None else bias_correction,
-            }
-        elif variant == "adagrad_norm":
+        moments: dict[str, Any] = {
+            "betas": check_betas(betas),
+            "bias_correction": not to_the_letter if bias_correction is None else bias_correction,
+        }
+        if "adam" not in (ascent, descent):
+            for name, value, default in (("betas", betas, BETAS), ("bias_correction", bias_correction, None)):
+                if value != default:
+                    raise UsageError(f"{name}={value!r}: an option of the form 'adam', which neither movement has")
+        shared: dict[str, Any] = {"eps": eps, "foreach": foreach, "fused": fused}
+        ascent_options = shared | (moments if ascent == "adam" else {})
+        descent_options = shared | (moments if descent == "adam" else {}) | {"weight_decay": weight_decay}
+        if descent == "adagrad_norm":
             descent_options["lr_scale"] = "global" if to_the_letter else "coordinate"
-        rule = VARIANTS[variant]
 
         def make_ascent(groups: list[Group]) -> Rule:
-            return rule(groups, 0.0, maximize=True, **options)
+            return VARIANTS[ascent](groups, 0.0, maximize=True, **ascent_options)
 
         def make_descent(groups: list[Group]) -> Rule:
-            return rule(groups, lr, **options, **descent_options)
+            return VARIANTS[descent](groups, lr, **descent_options)
 
         # Form I's radius is that of the whole perturbation already.
-        scale = "coordinate" if variant == "adagrad_norm" else rho_scale
-        super().__init__(params, rho, make_ascent, make_descent, rho_scale=scale)
+        scale = "coordinate" if ascent == "adagrad_norm" else rho_scale
+        # What only the ascent has is an option of the groups too, as all others are.
+        of_ascent = moments if ascent == "adam" and descent != "adam" else {}
+        super().__init__(params, rho, make_ascent, make_descent, rho_scale=scale, **of_ascent)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group to both movements, as :meth:`torch.optim.Optimizer.add_param_group`."""
+        for option in ("betas", "bias_correction"):
+            if option in self.defaults:
+                param_group.setdefault(option, self.defaults[option])
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if "betas" in group:
+            group["betas"] = check_betas(group["betas"])
+        if "bias_correction" in group:
+            check_choice("bias_correction", group["bias_correction"], (True, False))

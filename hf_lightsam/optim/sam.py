@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
 from .rules import NormalizedGradient, Rule
@@ -18,8 +19,18 @@ DESCENTS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
+    "adafactor": torch.optim.Adafactor,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
 }
-"""Names under which :class:`SAM` finds a descent optimizer."""
+"""Names under which :class:`SAM` finds a descent optimizer.
+
+Of torch's others, Adadelta cannot serve (its decay is an option ``rho`` of a parameter group, as the radius is), LBFGS
+and Rprop want whole-batch gradients, SparseAdam sparse ones, and Muon matrices only. Adafactor cannot step parameters
+that FSDP2 has sharded (torch 2.13), which is refused.
+"""
 
 
 class SAM(SharpnessAwareOptimizer):
@@ -34,11 +45,13 @@ class SAM(SharpnessAwareOptimizer):
     Args:
         params: Parameters or parameter groups; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`.
         descent: A torch optimizer class, another callable that makes one from parameter groups and options, or one of
-            ``"adamw"``, ``"adam"``, ``"sgd"``, ``"adagrad"``. Default: ``"adamw"``.
+            ``"adamw"``, ``"adam"``, ``"sgd"``, ``"adagrad"``, ``"adafactor"``, ``"adamax"``, ``"nadam"``, ``"radam"``,
+            ``"rmsprop"``: torch's, with their defaults. Default: ``"adamw"``.
         rho: Length of the perturbation of the whole model, at least 0. Default: 0.05.
         foreach: Use torch's multi-tensor kernels for the ascent.
         fused: Use torch's fused kernels for the ascent. Default, with both None: fused where the device has them.
-        ascent_options: Handed to the ascent rule; for subclasses, whose rule has any.
+        ascent_options: Handed to the ascent rule; for subclasses, whose rule has any. Those that the rule shares with
+            the parameter groups (``shared_options``) become options of the groups.
         **descent_options: Handed to ``descent`` (``lr``, ``weight_decay``, ``betas``, ``momentum``, ``fused`` through
             ``descent=functools.partial(...)``).
 
@@ -48,7 +61,8 @@ class SAM(SharpnessAwareOptimizer):
     Memory beyond the descent's: one copy of the perturbed weights. Cost: two gradients a step.
 
     Raises:
-        UsageError: For an option out of range, or an unknown descent.
+        UsageError: For an option out of range, an unknown descent, or one that reads an option of the groups that is
+            the ascent's.
     """
 
     rule: ClassVar[type[Rule]] = NormalizedGradient
@@ -74,13 +88,45 @@ class SAM(SharpnessAwareOptimizer):
         if not callable(make):
             raise UsageError(f"descent={descent!r}: expected an optimizer class or one of {', '.join(DESCENTS)}")
 
+        ascent_options = dict(ascent_options or {})
+        shared = {name: value for name, value in ascent_options.items() if name in self.rule.shared_options}
+
         def make_ascent(groups: list[Group]) -> Rule:
-            return self.rule(groups, 0.0, maximize=True, foreach=foreach, fused=fused, **(ascent_options or {}))
+            return self.rule(groups, 0.0, maximize=True, foreach=foreach, fused=fused, **ascent_options)
 
         def make_descent(groups: list[Group]) -> torch.optim.Optimizer:
             try:
-                return make(groups, **descent_options)
+                optimizer = make(groups, **descent_options)
             except (TypeError, ValueError) as error:
                 raise UsageError(f"descent={descent!r}: {error}") from error
+            for name in ("rho", *shared):
+                if name in optimizer.defaults:
+                    raise UsageError(
+                        f"descent={descent!r}: it has an option {name!r} of its parameter groups, and so has "
+                        f"{type(self).__name__}'s ascent; expected an optimizer without one"
+                    )
+            return optimizer
 
-        super().__init__(params, rho, make_ascent, make_descent)
+        super().__init__(params, rho, make_ascent, make_descent, **shared)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group to both movements, as :meth:`torch.optim.Optimizer.add_param_group`."""
+        for option in self.rule.shared_options:
+            if option in self.defaults:
+                param_group.setdefault(option, self.defaults[option])
+        super().add_param_group(param_group)
+
+    def perturb(self) -> None:
+        """Save the weights, and move them, as :meth:`SharpnessAwareOptimizer.perturb`.
+
+        Raises:
+            UsageError: If the descent cannot step these parameters.
+        """
+        if isinstance(self.descent, torch.optim.Adafactor) and any(
+            isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]
+        ):
+            raise UsageError(
+                "descent='adafactor': torch's Adafactor cannot step parameters that FSDP2 has sharded; expected "
+                "another descent, or unsharded parameters"
+            )
+        super().perturb()

@@ -25,6 +25,9 @@ UNSUPPORTED = {
 ASCENT_PREFIX = "ascent_"
 """Marks the ascent's tensors in :meth:`SharpnessAwareOptimizer.state_dict`."""
 
+FACTORED = {"row_var": -1, "col_var": -2, "exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
+"""State tensors, in torch's and Transformers' Adafactor, that have one dimension of the parameter summed up."""
+
 _perturbed_by: dict[int, weakref.ref[SharpnessAwareOptimizer]] = {}
 """Which optimizer has moved the parameter of an ``id``: a second one would restore or step from the wrong place."""
 
@@ -450,10 +453,11 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                 )
             for key, parameter in zip(saved["params"], group["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
-                    if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
+                    expected = _state_shapes(name, parameter)
+                    if isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) not in expected:
                         raise UsageError(
                             f"state_dict: {name} of parameter {key} has shape {tuple(value.shape)}; expected "
-                            f"{tuple(parameter.shape)}, that of the parameter"
+                            f"{' or '.join(map(str, expected))}, as the parameter's is {tuple(parameter.shape)}"
                         )
 
         names = {name for state in state_dict["state"].values() for name in state}
@@ -481,3 +485,12 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             "_ascended": self._ascended,
             "_ready": True,
         }
+
+
+def _state_shapes(name: str, parameter: Tensor) -> list[tuple[int, ...]]:
+    """Return the shapes that a state tensor of a name may have, beside that of a scalar."""
+    shape = list(parameter.shape)
+    if name not in FACTORED or parameter.dim() < 2:
+        return [tuple(shape)]
+    summed = parameter.dim() + FACTORED[name]
+    return [(*shape[:summed], 1, *shape[summed + 1 :]), (*shape[:summed], *shape[summed + 1 :])]

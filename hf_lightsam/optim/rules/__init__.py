@@ -8,7 +8,19 @@ its perturbation.
 from .adagrad import AdaGrad
 from .adagrad_norm import AdaGradNorm
 from .adam import Adam
+from .adaptive_gradient import AdaptiveGradient
+from .amsgrad import AMSGrad
 from .base import Rule
+from .monge_gradient import MongeGradient
 from .normalized_gradient import NormalizedGradient
 
-__all__ = ["AdaGrad", "AdaGradNorm", "Adam", "NormalizedGradient", "Rule"]
+__all__ = [
+    "AMSGrad",
+    "AdaGrad",
+    "AdaGradNorm",
+    "Adam",
+    "AdaptiveGradient",
+    "MongeGradient",
+    "NormalizedGradient",
+    "Rule",
+]
