@@ -6,7 +6,8 @@ Importing it makes ``TrainingArguments(optim="lightsam_adam")`` and the family's
 from .callbacks import StopOnInterrupt
 from .errors import UsageError
 from .optim import SAM, LightSAM, SharpnessAwareOptimizer
-from .optim.recipes import RECIPES, optimizer_cls_and_kwargs
+from .optim.recipes import RECIPES, Option, Recipe, optimizer_cls_and_kwargs
+from .optim_flag import register_method
 from .trainer import LightSAMSeq2SeqTrainer, LightSAMTrainer, SharpnessAwareMixin
 from .training_args import LightSAMSeq2SeqTrainingArguments, LightSAMTrainingArguments
 
@@ -18,10 +19,13 @@ __all__ = [
     "LightSAMSeq2SeqTrainingArguments",
     "LightSAMTrainer",
     "LightSAMTrainingArguments",
+    "Option",
+    "Recipe",
     "SharpnessAwareMixin",
     "SharpnessAwareOptimizer",
     "StopOnInterrupt",
     "UsageError",
     "optimizer_cls_and_kwargs",
+    "register_method",
 ]
 __version__ = "0.1.0.dev0"

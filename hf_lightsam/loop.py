@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
-from .passes import TwoPass, frozen_running_statistics, modules_with_running_statistics, unscale_ascent_gradients
+from .passes import Window, frozen_running_statistics, modules_with_running_statistics, unscale
 
 ComputeLoss = Callable[[nn.Module, Any], Tensor]
 
@@ -25,22 +24,27 @@ class StepResult:
 
     Attributes:
         loss: Mean loss at the weights.
-        perturbed_loss: Mean loss at the perturbed weights.
         grad_norm: Norm of the descent gradient before clipping; None without ``max_grad_norm``.
+        measures: What the method measured, by name: ``sharpness``, ``ascent_grad_norm``, ...
     """
 
     loss: Tensor
-    perturbed_loss: Tensor
     grad_norm: Tensor | None
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def sharpness(self) -> Tensor:
-        """The perturbed loss minus the loss."""
-        return self.perturbed_loss - self.loss
+        """The perturbed loss minus the loss; 0 where nothing was perturbed."""
+        return self.measures.get("sharpness", torch.zeros_like(self.loss))
+
+    @property
+    def perturbed_loss(self) -> Tensor:
+        """Mean loss at the perturbed weights."""
+        return self.loss + self.sharpness
 
 
 class SharpnessAwareLoop:
-    """Runs the two passes of a step over its micro-batches.
+    """Runs the passes of a step over its micro-batches, as the method of the optimizer wants them.
 
     .. code-block:: python
 
@@ -94,51 +98,75 @@ class SharpnessAwareLoop:
         self.compute_loss = compute_loss
         self.count_items = count_items or _count_rows
         self.max_grad_norm = max_grad_norm
-        self.plan = TwoPass(inner, accelerator.device, replay_rng=replay_rng, sync_ascent=sync_ascent)
+        inner.bind(accelerator.unwrap_model(model))
+        self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent)
+        self.plan.check_ranks(accelerator.num_processes)
         self._with_running_statistics = modules_with_running_statistics(model)
 
     def step(self, micro_batches: Sequence[Any]) -> StepResult:
         """Take one optimizer step, and clear the gradients.
 
         Args:
-            micro_batches: At least one; on the device. Each is run forward and backward twice.
+            micro_batches: At least one; on the device. Each is run forward and backward as often as the method says.
 
         Returns:
             What was measured.
         """
         if not micro_batches:
             raise UsageError("micro_batches=[]: expected at least one")
-        items = [self.count_items(batch) for batch in micro_batches]
-        total = torch.tensor(float(sum(items)), device=self.accelerator.device)
-        # DDP averages gradients over ranks, so each rank's share is scaled up by their number.
-        shares = [count * self.accelerator.num_processes / self.accelerator.reduce(total, "sum") for count in items]
-
-        def forward_backward(index: int) -> Tensor:
-            loss = self.compute_loss(self.model, micro_batches[index])
-            self.accelerator.backward(loss * shares[index])
-            return loss.detach() * (items[index] / sum(items))
-
-        no_sync = functools.partial(self.accelerator.no_sync, self.model)
-        plan = self.plan
-        plan.ascend(len(micro_batches), forward_backward, no_sync)
-        losses = perturbed_losses = plan.clean_losses
-        if plan.optimizer.wants_ascent:
-            unscale_ascent_gradients(plan.optimizer, self.accelerator.scaler)
-            perturbed_losses = []
-            for index in range(len(micro_batches)):
-                is_last = index == len(micro_batches) - 1
-                with (
-                    nullcontext() if is_last else no_sync(),
-                    plan.descend(index, self.model.zero_grad),
-                    frozen_running_statistics(self._with_running_statistics),
-                ):
-                    perturbed_losses.append(forward_backward(index))
+        window = _LoopWindow(self, micro_batches)
+        result = self.plan.run(window)
         grad_norm = None
         if self.max_grad_norm is not None:
             grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
+        measures = result.measures
+        if not self.accelerator.optimizer_step_was_skipped:
+            measures |= self.plan.after_step(window)
         self.model.zero_grad()
-        return StepResult(torch.stack(losses).sum(), torch.stack(perturbed_losses).sum(), grad_norm)
+        # Parts are scaled so that the mean over ranks is the step's loss; this rank's own mean is told here.
+        own = torch.stack([window.count(batch).to(window.device) for batch in micro_batches]).sum()
+        scale = window.mean_of(own).float()
+        if "sharpness" in measures:
+            measures["sharpness"] = measures["sharpness"] * scale
+        return StepResult(torch.stack(result.losses).sum() * scale, grad_norm, measures)
+
+
+class _LoopWindow(Window):
+    """The micro-batches of a step of the loop."""
+
+    def __init__(self, loop: SharpnessAwareLoop, micro_batches: Sequence[Any]) -> None:
+        accelerator = loop.accelerator
+        super().__init__(
+            micro_batches, accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
+        self.loop = loop
+
+    def backward(self, batch: Any, *, sync: bool, again: bool = False) -> Tensor:
+        loop = self.loop
+        share = 1.0 / self.mean_of(self.count(batch))
+        modules = loop._with_running_statistics if again else ()
+        with nullcontext() if sync else loop.accelerator.no_sync(loop.model), frozen_running_statistics(modules):
+            loss = loop.compute_loss(loop.model, batch) * share.float()
+            loop.accelerator.backward(loss)
+        return loss.detach()
+
+    def count(self, batch: Any) -> Tensor:
+        return torch.as_tensor(self.loop.count_items(batch))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return cast(Tensor, self.loop.accelerator.gather(tensor.unsqueeze(0)))
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        if self.world_size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def zero_grad(self) -> None:
+        self.loop.model.zero_grad()
+
+    def unscale(self, gradients: Sequence[Tensor]) -> None:
+        unscale(gradients, self.loop.accelerator.scaler)
 
 
 def _count_rows(batch: Any) -> int:

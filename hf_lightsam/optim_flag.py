@@ -23,7 +23,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 
 from .errors import UsageError
-from .optim.recipes import RECIPES
+from .optim.recipes import RECIPES, Recipe
 
 _constructing_our_trainer: ContextVar[bool] = ContextVar("constructing_our_trainer", default=False)
 
@@ -37,6 +37,21 @@ def register() -> None:
     callbacks: list[type[TrainerCallback]] = transformers.trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
     if RefusePlainTrainer not in callbacks:
         callbacks.append(RefusePlainTrainer)
+
+
+def register_method(recipe: Recipe) -> None:
+    """Make a method of one's own a value of the ``optim`` flag, like those of the package.
+
+    Args:
+        recipe: Its row in the table.
+
+    Raises:
+        UsageError: If the name is taken.
+    """
+    if recipe.name in RECIPES or recipe.name in OptimizerNames._value2member_map_:
+        raise UsageError(f"name={recipe.name!r}: it is an optimizer's name already; expected another")
+    RECIPES[recipe.name] = recipe
+    register()
 
 
 def optim_name(optim: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,17 +29,16 @@ class StepStatistics:
         """Return how many values of ``name`` were added since the last :meth:`reset`."""
         return self._counts.get(name, 0)
 
-    def add(self, name: str, value: Tensor, count: int = 1) -> None:
-        """Add a scalar tensor to the sum of ``name``; a value that is not finite counts as 0, as in the Trainer's log.
-
-        Args:
-            name: What it is.
-            value: A scalar tensor.
-            count: How many values it stands for; 0 for a further part of one that was counted already.
-        """
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a scalar tensor to the sum of ``name``; one that is not finite counts as 0, as in the Trainer's log."""
         value = torch.where(torch.isfinite(value), value, torch.zeros_like(value)).to(self._device, torch.float32)
         self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] = self.count(name) + count
+        self._counts[name] = self.count(name) + 1
+
+    def add_all(self, values: Mapping[str, Tensor]) -> None:
+        """Add each of several values, by name."""
+        for name, value in values.items():
+            self.add(name, value)
 
     def means(self) -> dict[str, Tensor]:
         """Return the mean of each name, as scalar tensors."""

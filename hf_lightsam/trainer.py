@@ -1,21 +1,19 @@
-"""``LightSAMTrainer``: the Hugging Face Trainer, with an ascent pass before each of its own (descent) passes.
+"""``LightSAMTrainer``: the Hugging Face Trainer, whose step's gradient comes from a gradient plan.
 
-How it hooks in, as read from transformers 5.23. ``Trainer._run_epoch`` fetches the micro-batches of an optimizer step
-with ``get_batch_samples`` (public, overridden here to keep the window), fires ``on_step_begin`` (where an internal
-callback runs the ascent pass over that window, outside of the Trainer's own ``no_sync``), and calls ``training_step``
-for each micro-batch (public, overridden here to hold the weights perturbed meanwhile). Clipping, the optimizer step,
-schedulers, logging, evaluation and saving are the Trainer's own, and outside of ``training_step`` the weights are
-always the unperturbed ones.
+How it hooks in, as read from transformers 5.23 and 5.24. ``Trainer._run_epoch`` fetches the micro-batches of an
+optimizer step with ``get_batch_samples`` (public, overridden here to keep the window), fires ``on_step_begin`` (where
+an internal callback lets the plan run the window, outside of the Trainer's own ``no_sync``: each run of rows is a call
+of ``training_step``), and calls ``training_step`` for each micro-batch (public, overridden here: the gradient is there
+by then, and the loss at the unperturbed weights is handed over). Clipping, the optimizer step, schedulers, logging,
+evaluation and saving are the Trainer's own, and while it does them the weights are always the unperturbed ones.
 
-Private to transformers 5.23, and used nowhere else: ``_save_rng_state`` (called on every rank while a checkpoint is
-written), ``_tr_loss``, ``_globalstep_last_logged`` and ``_total_loss_scalar`` (the loss not logged yet, which a
-checkpoint of the Trainer's own leaves out), ``_loss_shifts_labels``.
+Private to transformers, and used nowhere else but in ``trainer_window.py``: ``_save_rng_state`` (called on every rank
+while a checkpoint is written), ``_tr_loss``, ``_globalstep_last_logged`` and ``_total_loss_scalar`` (the loss not
+logged yet, which a checkpoint of the Trainer's own leaves out), ``_get_num_items_in_batch``.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,18 +29,12 @@ from .callbacks import LostPerturbationWarning, NonFiniteGradientWarning, StuckL
 from .checkpoints import check_output_dir, find_checkpoint, load_rank_state, save_rank_state
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
+from .optim.recipes import get_recipe
 from .optim_flag import constructing_our_trainer, is_registered, optim_name
-from .passes import (
-    RngState,
-    TwoPass,
-    count_items,
-    divisors,
-    frozen_running_statistics,
-    modules_with_running_statistics,
-    unscale_ascent_gradients,
-)
+from .passes import GradientPlan, modules_with_running_statistics
 from .sigterm import checkpoint_on_sigterm_between_steps
 from .step_statistics import StepStatistics
+from .trainer_window import TrainerWindow, ask_the_loss
 from .training_args import optimizer_arguments
 
 if TYPE_CHECKING:
@@ -89,13 +81,11 @@ class SharpnessAwareMixin(_Base):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._plan: TwoPass | None = None
-        self._window: list[Any] = []
-        self._num_items: Tensor | int | None = None
-        self._in_ascent = False
-        self._position = 0
+        self._plan: GradientPlan | None = None
+        self._window: TrainerWindow | None = None
+        self._is_running_plan = False
+        self._losses: list[Tensor] = []
         self._loss_scaling_is_known = False
-        self._divisors: list[Tensor] = []
         self._resumed_from: str | None = None
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
         if given is not None and given.should_save and is_registered(given.optim):
@@ -107,7 +97,7 @@ class SharpnessAwareMixin(_Base):
         self._refuse_engines()
         self._refuse_other_optimizers()
         self._statistics = StepStatistics(self.args.device)
-        self.add_callback(_AscentCallback(self))
+        self.add_callback(_PlanCallback(self))
         if self.is_sharpness_aware:
             for warning in (StuckLossWarning, LostPerturbationWarning, NonFiniteGradientWarning):
                 self.add_callback(warning())
@@ -151,6 +141,12 @@ class SharpnessAwareMixin(_Base):
             "FSDP under sync_ascent=False, where no rank has a whole gradient of its own": (
                 self.is_fsdp_enabled and not getattr(self.args, "sync_ascent", True)
             ),
+            **{
+                f"{engine.upper()}, {reason}": is_used
+                for engine, is_used in (("fsdp", self.is_fsdp_enabled), ("ddp", self._is_ddp()))
+                for reason in [self._refused_engines().get(engine)]
+                if reason
+            },
             "FSDP1, whose flat shards hide the norm of the whole gradient": (
                 self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
             ),
@@ -161,6 +157,20 @@ class SharpnessAwareMixin(_Base):
                     f"optim={optim_name(self.args.optim)!r}: two passes a step do not work with "
                     f"{engine}; expected a single device, DDP or FSDP2, launched by accelerate or torchrun"
                 )
+
+    def _is_ddp(self) -> bool:
+        return self.args.world_size > 1 and not self.is_fsdp_enabled
+
+    def _refused_engines(self) -> dict[str, str]:
+        """Return the engines that the method's plan refuses."""
+        cls: Any = None
+        if self.optimizer is not None:
+            cls = type(self._sharpness_aware_optimizer())
+        elif self.optimizer_cls_and_kwargs is not None:
+            cls = self.optimizer_cls_and_kwargs[0]
+        else:
+            cls = get_recipe(optim_name(self.args.optim)).optimizer
+        return dict(cls.plan_class.refused_engines)
 
     def _refuse_other_optimizers(self) -> None:
         """Refuse an optimizer of the user's that is not of the family under an ``optim`` that is."""
@@ -190,8 +200,10 @@ class SharpnessAwareMixin(_Base):
         if optimizer is not None:
             self._refuse_uneven_ranks(train_dataloader)
             optimizer.forget_ascents_without_a_step()  # of a batch that auto_find_batch_size has made smaller since
+            optimizer.bind(self.accelerator.unwrap_model(self._module()))
             options = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
-            self._plan = TwoPass(optimizer, self.args.device, **options)
+            self._plan = optimizer.make_plan(**options)
+            self._plan.check_ranks(self.args.world_size)
             self._with_running_statistics = modules_with_running_statistics(self._module())
             if self._resumed_from is not None:
                 self._load_rank_state(self._resumed_from)
@@ -224,88 +236,79 @@ class SharpnessAwareMixin(_Base):
         finally:
             if self._plan is not None:
                 self._plan.optimizer.restore()
-            self._plan, self._window, self._resumed_from = None, [], None
+            self._plan, self._window, self._losses, self._resumed_from = None, None, [], None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Fetch the micro-batches of one optimizer step, as the Trainer's method, and keep them for the ascent pass."""
+        """Fetch the micro-batches of one optimizer step, as the Trainer's method, and keep them for the plan."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window = None
         if self._plan is not None and batch_samples:
             if not self._loss_scaling_is_known:
-                self._find_loss_scaling(batch_samples[0], num_items_in_batch)
-                if not self.model_accepts_loss_kwargs:
+                heeds = ask_the_loss(cast(Trainer, self), batch_samples[0], num_items_in_batch)
+                self._loss_scaling_is_known = heeds is not None
+                if heeds is False:
+                    logger.info("The loss ignores num_items_in_batch: it is a mean over the window's items instead.")
+                    self.model_accepts_loss_kwargs = False
                     num_items_in_batch = self._get_num_items_in_batch(batch_samples, device)
-            self._window, self._num_items = batch_samples, num_items_in_batch
-            self._divisors = [] if self._loss_heeds(num_items_in_batch) else self._find_divisors(batch_samples)
+            self._window = TrainerWindow(
+                cast(Trainer, self), batch_samples, num_items_in_batch, self._with_running_statistics
+            )
         return batch_samples, num_items_in_batch
 
-    def _run_ascent(self) -> None:
-        """Accumulate the ascent gradient over the window; :meth:`training_step` perturbs along it."""
-        plan, self._position = self._plan, 0
-        if plan is None or not plan.optimizer.wants_ascent or not self._window:
-            self._window = []
+    def _run_plan(self) -> None:
+        """Let the plan take the gradient of the step that begins."""
+        plan, window = self._plan, self._window
+        if plan is None or window is None:
             return
-        model = self.model_wrapped
-
-        def forward_backward(index: int) -> Tensor:
-            # A copy, since a loss function may take labels out of its inputs and the descent pass needs them again.
-            return self.training_step(model, copy.copy(self._window[index]), self._num_items)
-
-        self._in_ascent = True
+        self._is_running_plan = True
         try:
-            no_sync = functools.partial(self.accelerator.no_sync, model=model)
-            plan.ascend(len(self._window), forward_backward, no_sync, measure=self._is_measured_step())
+            result = plan.run(window, measure=self._is_measured_step())
         finally:
-            self._position, self._in_ascent = 0, False
-        unscale_ascent_gradients(plan.optimizer, self.accelerator.scaler)
+            self._is_running_plan = False
+        self._losses = result.losses
+        self._statistics.add_all(result.measures)
+
+    def _end_step(self) -> None:
+        """Let the plan do what comes after the optimizer's step."""
+        plan, window = self._plan, self._window
+        if plan is None or window is None or self.accelerator.optimizer_step_was_skipped:
+            return
+        self._is_running_plan = True
+        try:
+            self._statistics.add_all(plan.after_step(window))
+        finally:
+            self._is_running_plan = False
 
     def _is_measured_step(self) -> bool:
         every = min(MEASURE_EVERY, max(1, int(self.state.logging_steps or MEASURE_EVERY)))
         return (self.state.global_step + 1) % every == 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Run one micro-batch forward and backward, as the Trainer's method; in the descent pass, at perturbed weights.
+        """Run rows forward and backward, as the Trainer's method, when a plan asks for it.
 
         Returns:
-            The loss at the unperturbed weights, in both passes, so that what the Trainer logs is the clean loss.
+            When the Trainer's own loop asks, the gradient is there already: the micro-batch's loss at the unperturbed
+            weights, so that what the Trainer logs is the clean loss.
         """
-        plan = self._plan
-        if plan is None:
+        if self._plan is None or self._is_running_plan:
             return super().training_step(model, inputs, *args, **kwargs)
-        index, self._position = self._position, self._position + 1
-        if self._divisors:
-            # What the Trainer divides the loss by: its own number gives a short micro-batch as much weight as a full.
-            self.current_gradient_accumulation_steps = cast(int, self._divisors[index])
-        if self._in_ascent or not self._window:
-            return super().training_step(model, inputs, *args, **kwargs)
-        with plan.descend(index, model.zero_grad), frozen_running_statistics(self._with_running_statistics):
-            perturbed_loss = super().training_step(model, inputs, *args, **kwargs)
-        self._collect(plan, index, perturbed_loss)
-        return plan.clean_losses[index]
+        return self._losses.pop(0)
 
     # ---- The logs -----------------------------------------------------------------------------------------------
-
-    def _collect(self, plan: TwoPass, index: int, perturbed_loss: Tensor) -> None:
-        is_first = index == 0
-        self._statistics.add("sharpness", perturbed_loss - plan.clean_losses[index], count=int(is_first))
-        if is_first and plan.optimizer.ascent_grad_norm is not None:
-            self._statistics.add("ascent_grad_norm", plan.optimizer.ascent_grad_norm)
-        if is_first and plan.perturbation_norm is not None:
-            self._statistics.add("perturbation_norm", plan.perturbation_norm)
-        if is_first and plan.perturbation_lost is not None:
-            self._statistics.add("perturbation_lost", plan.perturbation_lost)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, as the Trainer's method; a training log gets the sharpness and the norms of the ascent."""
         is_training_log = "loss" in logs and "learning_rate" in logs
-        if self._plan is not None and is_training_log and self._statistics.count("sharpness"):
-            means = self._statistics.means()
+        means = self._statistics.means() if self._plan is not None and is_training_log else {}
+        if means:
             # Each rank has its own rows, and so its own sharpness; without sync_ascent its own norms too.
             stacked = torch.stack(list(means.values())).unsqueeze(0)
             values = cast(Tensor, nested_gather(stacked, self.args.parallel_mode)).mean(dim=0).tolist()
             logs.update(zip(means, values, strict=True))
-            logs["perturbed_loss"] = logs["loss"] + logs["sharpness"]
+            if "sharpness" in logs:
+                logs["perturbed_loss"] = logs["loss"] + logs["sharpness"]
             self._statistics.reset()
         super().log(logs, *args, **kwargs)
 
@@ -323,10 +326,11 @@ class SharpnessAwareMixin(_Base):
         }
         if not self._plan.sync_ascent and rank > 0:  # rank 0's ascent is in the optimizer's file
             state["ascent"] = self._plan.optimizer.ascent.state_dict()["state"]
+        state["plan"] = self._plan.state_dict()
         save_rank_state(output_dir, rank, world_size, state)
 
     def _load_rank_state(self, checkpoint: str) -> None:
-        plan, rank, world_size = cast(TwoPass, self._plan), self.args.process_index, self.args.world_size
+        plan, rank, world_size = cast(GradientPlan, self._plan), self.args.process_index, self.args.world_size
         state = load_rank_state(checkpoint, rank, world_size)
         if state is None:
             if not plan.sync_ascent and plan.optimizer.ascent.has_state:
@@ -337,6 +341,7 @@ class SharpnessAwareMixin(_Base):
                 )
             return
         self._statistics.load_state_dict(state["statistics"])
+        plan.load_state_dict(state.get("plan", {}))
         self._tr_loss = state["unlogged_loss"].to(self.args.device)
         self._globalstep_last_logged = state["last_logged"]
         # The loss reported at the end is that of the steps of this call alone.
@@ -345,62 +350,9 @@ class SharpnessAwareMixin(_Base):
             groups = plan.optimizer.ascent.state_dict()["param_groups"]
             plan.optimizer.ascent.load_state_dict({"state": state["ascent"], "param_groups": groups})
 
-    # ---- The loss's scale under accumulation --------------------------------------------------------------------
 
-    def _loss_heeds(self, num_items: Tensor | int | None) -> bool:
-        """Whether the loss is divided by the window's items already, as ``Trainer.training_step`` decides it."""
-        if self.loss_is_scaled_for_ga is not None:
-            return bool(self.loss_is_scaled_for_ga)
-        return bool(self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-
-    def _find_divisors(self, window: list[Any]) -> list[Tensor]:
-        """Return what the mean loss of each micro-batch is to be divided by; nothing where all is one micro-batch."""
-        if len(window) == 1 and self.args.world_size == 1:
-            return []
-        counts = [count_items(batch, shifts_labels=self._loss_shifts_labels) for batch in window]
-        averages = self.args.average_tokens_across_devices
-
-        def gather(total: Tensor) -> Tensor:
-            return cast(Tensor, nested_gather(total, self.args.parallel_mode)) if averages else total
-
-        return divisors(counts, self.args.device, gather)
-
-    def _find_loss_scaling(self, inputs: Any, num_items: Tensor | int | None) -> None:
-        """Find out whether the loss heeds ``num_items_in_batch``, and set ``model_accepts_loss_kwargs`` by it.
-
-        The Trainer takes every model whose ``forward`` has ``**kwargs`` for one that divides its summed loss by the
-        number of items of the whole window. Classification heads of encoders have ``**kwargs`` and ignore the number,
-        and their loss and gradients come out multiplied by the accumulation steps (and the ranks). So ask the loss.
-        """
-        self._loss_scaling_is_known = True
-        asks = self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.loss_is_scaled_for_ga is None
-        if num_items is None or not asks:
-            return
-        state = RngState.capture(self.args.device)
-        model = self._module()
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses = []
-                for number in (num_items, 2 * num_items):
-                    prepared = self._prepare_inputs(copy.copy(inputs))
-                    losses.append(cast(Tensor, self.compute_loss(model, prepared, num_items_in_batch=number)).mean())
-        finally:
-            model.train(was_training)
-            state.restore()
-        # All ranks must come to one answer: those that take the number gather it in every step.
-        pairs = nested_gather(torch.stack(losses).float(), self.args.parallel_mode).view(-1, 2)
-        pairs = pairs[pairs.isfinite().all(dim=1) & (pairs != 0).any(dim=1)]  # a batch without items says nothing
-        if len(pairs) == 0:
-            self._loss_scaling_is_known = False
-        elif torch.allclose(pairs[:, 0], pairs[:, 1], rtol=1e-4, atol=0.0):
-            logger.info("The loss ignores num_items_in_batch: it is averaged over the accumulation steps instead.")
-            self.model_accepts_loss_kwargs = False
-
-
-class _AscentCallback(TrainerCallback):
-    """Runs the ascent pass where the Trainer begins an optimizer step."""
+class _PlanCallback(TrainerCallback):
+    """Runs the plan where the Trainer begins an optimizer step, and after its step."""
 
     def __init__(self, trainer: SharpnessAwareMixin) -> None:
         self._trainer = trainer
@@ -409,7 +361,10 @@ class _AscentCallback(TrainerCallback):
         self._trainer._begin_training(kwargs.get("train_dataloader"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._run_ascent()
+        self._trainer._run_plan()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._end_step()
 
 
 class LightSAMTrainer(SharpnessAwareMixin, Trainer):

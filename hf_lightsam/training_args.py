@@ -14,7 +14,8 @@ from .optim_flag import is_registered, optim_name, register
 
 register()  # before the parser asks the enum for its choices
 
-_FIELDS = ("rho", "rho_scale", "bias_correction", "descent")
+_FIELDS = ("rho", "rho_scale", "bias_correction", "descent", "num_micro_batches")
+"""Typed fields that are options of recipes, under the same names."""
 
 
 @dataclass
@@ -37,6 +38,9 @@ class LightSAMTrainingArguments(TrainingArguments):
             true, except with ``rho_scale="coordinate"``, which is the paper to the letter.
         descent: ``sam`` only. The optimizer that descends: ``"adamw"``, ``"adam"``, ``"sgd"`` or ``"adagrad"``.
             Default: ``"adamw"``.
+
+        num_micro_batches: ``msam`` only. Shards of a step's rows, over all ranks together, each of which perturbs along
+            its own gradient: a multiple of the number of ranks. Default: 2.
 
     > Passes
 
@@ -81,6 +85,10 @@ class LightSAMTrainingArguments(TrainingArguments):
     descent: str | None = field(
         default=None,
         metadata={"help": "sam only. The optimizer that descends: adamw (default), adam, sgd or adagrad."},
+    )
+    num_micro_batches: int | None = field(
+        default=None,
+        metadata={"help": "msam only. Shards of a step's rows, each with a perturbation of its own. Default: 2."},
     )
     replay_rng: bool = field(
         default=True,

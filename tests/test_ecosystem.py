@@ -1,4 +1,4 @@
-"""With libraries around Transformers: TRL, PEFT, a user's own optimizer and schedule, one's own loop with Accelerate."""
+"""With libraries around Transformers: TRL, PEFT, a user's own optimizer and schedule, a loop with Accelerate."""
 
 from __future__ import annotations
 
@@ -193,8 +193,7 @@ def test_the_loop_takes_the_trainers_steps(tmp_path: Path, method: str, task: st
         **options,
     )
     accelerator = Accelerator(cpu=True)
-    recipe_options = {"eps": 1e-5} if method != "sam" else {"eps": 1e-5}
-    cls, kwargs = optimizer_cls_and_kwargs(method, lr=1e-3, rho=0.1, **recipe_options)
+    cls, kwargs = optimizer_cls_and_kwargs(method, lr=1e-3, rho=0.1, eps=1e-5)
     model, optimizer = accelerator.prepare(model, cls(model.parameters(), **kwargs))
     schedule = get_linear_schedule_with_warmup(optimizer, 0, 6)
     loop = SharpnessAwareLoop(

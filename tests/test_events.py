@@ -111,21 +111,6 @@ class Events(RuleBasedStateMachine):
         self.twin.step(seed)
 
     @rule(seed=seeds)
-    def suspend_and_resume(self, seed: int) -> None:
-        optimizer = self.subject.optimizer
-        before = copied(self.subject.parameters)
-        self.subject.give_gradients(seed)
-        with optimizer.perturbed():
-            moved = copied(self.subject.parameters)
-            optimizer.suspend()
-            assert all(map(torch.equal, copied(self.subject.parameters), before))
-            optimizer.resume()
-            assert all(map(torch.equal, copied(self.subject.parameters), moved))
-            self.subject.give_gradients(seed + 1)
-        optimizer.step()
-        self.twin.step(seed)
-
-    @rule(seed=seeds)
     def another_optimizer_over_the_same_weights(self, seed: int) -> None:
         other = LightSAM(self.subject.parameters)
         self.subject.give_gradients(seed)
@@ -170,8 +155,7 @@ class Events(RuleBasedStateMachine):
     @rule()
     def restore_what_is_restored(self) -> None:
         self.subject.optimizer.restore()
-        self.subject.optimizer.suspend()
-        self.subject.optimizer.resume()
+        self.subject.optimizer.restore()
 
     @invariant()
     def same_weights_and_state(self) -> None:

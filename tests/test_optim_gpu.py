@@ -115,8 +115,6 @@ def test_perturb_and_step_do_not_wait_for_the_device(make: Callable[..., Sharpne
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(2):
         with optimizer.perturbed():
-            optimizer.suspend()
-            optimizer.resume()
             optimizer.perturbation_norm()
         optimizer.step()
 

@@ -156,37 +156,6 @@ def test_weights_come_back_when_the_ascent_itself_fails(monkeypatch: pytest.Monk
 
 
 @methods
-@dtypes
-def test_suspend_and_resume_are_exact_both_ways(make: Make, dtype: torch.dtype) -> None:
-    parameters = make_parameters(dtype)
-    before = copies(parameters)
-    optimizer = make(parameters, rho=1.0)
-    optimizer.suspend()
-    optimizer.resume()
-    assert same_bits(parameters, before)
-    give_gradients(parameters)
-    with optimizer.perturbed():
-        perturbed = copies(parameters)
-        length = optimizer.perturbation_norm()
-        for _ in range(2):
-            optimizer.suspend()
-            optimizer.suspend()
-            assert same_bits(parameters, before)
-            assert torch.equal(optimizer.perturbation_norm(), length)
-            optimizer.resume()
-            optimizer.resume()
-            assert same_bits(parameters, perturbed)
-        optimizer.suspend()  # and left so: the end of the block is no exchange
-    assert same_bits(parameters, before)
-    optimizer.step()
-    give_gradients(parameters)
-    before = copies(parameters)
-    with optimizer.perturbed():
-        assert not same_bits(parameters, before)
-    assert same_bits(parameters, before)
-
-
-@methods
 def test_saved_weights_live_in_the_same_memory_at_every_step(make: Make) -> None:
     parameters = make_parameters()
     optimizer = make(parameters, rho=0.1)

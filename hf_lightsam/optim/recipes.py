@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import UsageError
 from .lightsam import LightSAM
+from .msam import MSAM
 from .sam import DESCENTS, SAM
 from .sharpness_aware import RHO_SCALES, SharpnessAwareOptimizer
 
@@ -44,6 +46,7 @@ def _choice(accepted: tuple[str, ...]) -> Option:
 
 
 _NUMBER = Option(float, "a number")
+_COUNT = Option(int, "a whole number")
 _FLAG = Option(_boolean, "true or false")
 _RADIUS = {"rho": _NUMBER, "foreach": _FLAG, "fused": _FLAG}
 _ADAPTIVE = {**_RADIUS, "rho_scale": _choice(RHO_SCALES), "eps": _NUMBER}
@@ -56,8 +59,10 @@ class Recipe:
 
     Attributes:
         name: The value of the ``optim`` flag.
-        optimizer: The optimizer class.
+        optimizer: The optimizer class; its ``plan_class`` says which gradients a step takes.
         summary: One line for help texts.
+        paper: Where the method comes from.
+        copies: Memory beyond weights and gradients, in copies of the trainable weights.
         options: The options of ``optim_args`` by name; the typed fields of ``LightSAMTrainingArguments`` among them.
         fixed: Arguments of the class that the name implies.
         prepare: Turns options into the arguments of the class.
@@ -69,6 +74,8 @@ class Recipe:
     options: Mapping[str, Option]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    paper: str = ""
+    copies: str = ""
 
     def arguments(self, lr: float, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of :attr:`optimizer`, beside ``params``.
@@ -133,16 +140,35 @@ _DESCENT_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _prepare_sam(options: dict[str, Any]) -> dict[str, Any]:
-    """Hand each descent the options that it has: Adam's defaults come with every ``TrainingArguments``."""
+def _prepare_sam(options: dict[str, Any], own: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Hand each descent the options that it has: Adam's defaults come with every ``TrainingArguments``.
+
+    Args:
+        options: Of the recipe.
+        own: Names of those that are the method's own.
+    """
     descent = options.get("descent", "adamw")
     taken = _DESCENT_OPTIONS.get(descent, ())
     if "momentum" in options and "momentum" not in taken:
         raise UsageError(
             f"momentum={options['momentum']!r}: not an option of descent={descent!r}; descent='sgd' has it"
         )
-    shared = ("descent", "rho", "foreach", "fused")
+    shared = ("descent", "rho", "foreach", "fused", *own)
     return {name: value for name, value in options.items() if name in shared or name in taken}
+
+
+def _over_a_descent(name: str, optimizer: type[SAM], summary: str, own: Mapping[str, Option], **row: Any) -> Recipe:
+    """Return the row of a method that is SAM with another ascent or plan, over any of the descents.
+
+    Args:
+        name: See :class:`Recipe`.
+        optimizer: See :class:`Recipe`.
+        summary: See :class:`Recipe`.
+        own: The options that it has beyond SAM's.
+        **row: Further attributes of :class:`Recipe`.
+    """
+    options = {**_RADIUS, "descent": _choice(tuple(DESCENTS)), **_MOMENTS, "eps": _NUMBER, "momentum": _NUMBER, **own}
+    return Recipe(name, optimizer, summary, options, prepare=partial(_prepare_sam, own=tuple(own)), **row)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -154,6 +180,8 @@ RECIPES: dict[str, Recipe] = {
             "LightSAM-III: both movements are Adam's (the default)",
             {**_ADAPTIVE, **_MOMENTS, "bias_correction": _FLAG},
             {"variant": "adam"},
+            paper="arXiv 2505.24399",
+            copies="5",
         ),
         Recipe(
             "lightsam_adagrad",
@@ -161,6 +189,8 @@ RECIPES: dict[str, Recipe] = {
             "LightSAM-II: both movements are AdaGrad's",
             _ADAPTIVE,
             {"variant": "adagrad"},
+            paper="arXiv 2505.24399",
+            copies="3",
         ),
         Recipe(
             "lightsam_adagrad_norm",
@@ -168,13 +198,24 @@ RECIPES: dict[str, Recipe] = {
             "LightSAM-I: both movements are AdaGrad-Norm's",
             _ADAPTIVE,
             {"variant": "adagrad_norm"},
+            paper="arXiv 2505.24399",
+            copies="1",
         ),
-        Recipe(
+        _over_a_descent(
             "sam",
             SAM,
             "SAM: a fixed radius along the normalised gradient, over a torch optimizer",
-            {**_RADIUS, "descent": _choice(tuple(DESCENTS)), **_MOMENTS, "eps": _NUMBER, "momentum": _NUMBER},
-            prepare=_prepare_sam,
+            {},
+            paper="arXiv 2010.01412",
+            copies="1 + the descent's",
+        ),
+        _over_a_descent(
+            "msam",
+            MSAM,
+            "mSAM: SAM with a perturbation of its own for each of num_micro_batches shards of the rows",
+            {"num_micro_batches": _COUNT},
+            paper="arXiv 2302.09693",
+            copies="2 + the descent's",
         ),
     )
 }

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..passes.plan import GradientPlan
+from ..passes.two_pass import TwoPass
 from .rules import Rule
 from .rules.base import Group, check_gradient
-from .tensors import copy_, difference_norm, local, swap_, total_norm
+from .tensors import copy_, difference_norm, local, total_norm
 from .validation import Params, check_choice, check_number, check_parameter
 
 RHO_SCALES = ("global", "coordinate")
@@ -88,6 +90,9 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     descent: torch.optim.Optimizer
     ascent_grad_norm: Tensor | None
 
+    plan_class: ClassVar[type[GradientPlan]] = TwoPass
+    """The gradient plan that the method needs, in the Trainer and in the loop for Accelerate."""
+
     _copied: ClassVar[tuple[str, ...]] = ("ascent", "descent", "ascent_grad_norm")
     """Attributes that a pickle or a copy keeps; subclasses add theirs."""
 
@@ -115,8 +120,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._perturbed: list[Tensor] = []
         self._saved: list[Tensor] = []
         self._buffers: dict[Tensor, Tensor] = {}
-        self._swapped = False
         self._ascended = False
+        self._has_plan = False
         self._ready = True
 
     def _share_groups(self) -> None:
@@ -132,6 +137,15 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         Args:
             model: The model, without wrappers; it may have parameters that the optimizer does not.
         """
+
+    def make_plan(self, **options: Any) -> GradientPlan:
+        """Return a plan around this optimizer; methods whose plan has options of its own override it.
+
+        Args:
+            **options: ``replay_rng`` and ``sync_ascent`` of :class:`~hf_lightsam.passes.GradientPlan`.
+        """
+        self._has_plan = True
+        return self.plan_class(self, **options)
 
     # ---- Parameter groups -------------------------------------------------------------------------------------
 
@@ -183,6 +197,11 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             RuntimeError: If the weights are perturbed already, by this optimizer or another one.
         """
         self._refuse_while_perturbed("perturb")
+        if self.plan_class is not TwoPass and not self._has_plan:
+            raise RuntimeError(
+                f"perturb() was called by hand, and {type(self).__name__} takes other gradients than two of the whole "
+                "batch: use hf_lightsam.LightSAMTrainer, or hf_lightsam.loop.SharpnessAwareLoop in a loop of your own"
+            )
         groups = self._ascent_groups()
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
@@ -234,10 +253,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         """Put the weights back as they were before :meth:`perturb`, bit for bit. Does nothing when they are there."""
         if not self._perturbed:
             return
-        if not self._swapped:
-            copy_(self._perturbed, self._saved)
-        else:
-            self._swapped = False
+        copy_(self._perturbed, self._saved)
         for parameter in self._perturbed:
             _perturbed_by.pop(id(parameter), None)
         self._perturbed, self._saved = [], []
@@ -250,20 +266,6 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             yield
         finally:
             self.restore()
-
-    @torch.no_grad()
-    def suspend(self) -> None:
-        """Take the perturbation away for a while, so that weights can be read; :meth:`resume` brings it back."""
-        if self._perturbed and not self._swapped:
-            swap_(self._perturbed, self._saved)
-            self._swapped = True
-
-    @torch.no_grad()
-    def resume(self) -> None:
-        """Bring a suspended perturbation back, bit for bit. Does nothing where there is none."""
-        if self._swapped:
-            swap_(self._perturbed, self._saved)
-            self._swapped = False
 
     @torch.no_grad()
     def perturbation_norm(self) -> Tensor:
@@ -481,8 +483,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             "_perturbed": [],
             "_saved": [],
             "_buffers": {},
-            "_swapped": False,
             "_ascended": self._ascended,
+            "_has_plan": False,
             "_ready": True,
         }
 

@@ -57,14 +57,6 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(local(targets), local(sources))
 
 
-def swap_(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    """Exchange the contents of each pair of tensors, with one temporary of the size of the largest."""
-    for a, b in zip(local(first), local(second), strict=True):
-        temporary = a.clone()
-        a.copy_(b)
-        b.copy_(temporary)
-
-
 def difference_norm(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of ``first - second`` over all tensors, with one temporary of the size of the largest."""
     norms = [total_norm([a - b]) for a, b in zip(first, second, strict=True)]

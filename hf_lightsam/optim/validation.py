@@ -24,6 +24,13 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     return value
 
 
+def check_count(name: str, value: Any) -> int:
+    """Return ``value`` if it is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name}={value!r}: expected a whole number above 0")
+    return value
+
+
 def check_betas(value: Any) -> tuple[float, float]:
     """Return ``value`` as a tuple if it is a pair of decay rates, each in [0, 1)."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:

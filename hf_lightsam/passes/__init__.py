@@ -1,17 +1,23 @@
 """Gradient plans: which gradients a step takes, on which rows and ranks. One file a plan."""
 
-from .loss_scale import unscale_ascent_gradients
+from .loss_scale import unscale
+from .micro_batch import MicroBatch
+from .plan import GradientPlan, WindowResult
 from .rng import RngState
 from .running_statistics import frozen_running_statistics, modules_with_running_statistics
-from .shares import count_items, divisors
+from .shares import count_items
 from .two_pass import TwoPass
+from .window import Window
 
 __all__ = [
+    "GradientPlan",
+    "MicroBatch",
     "RngState",
     "TwoPass",
+    "Window",
+    "WindowResult",
     "count_items",
-    "divisors",
     "frozen_running_statistics",
     "modules_with_running_statistics",
-    "unscale_ascent_gradients",
+    "unscale",
 ]

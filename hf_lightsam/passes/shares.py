@@ -1,8 +1,8 @@
-"""What part of a step's loss each micro-batch is, for losses that are means over their own micro-batch."""
+"""What the mean loss of a micro-batch is a mean over."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,22 +32,3 @@ def count_items(batch: Any, *, shifts_labels: bool = False) -> Tensor:
         if isinstance(labels, Tensor):
             return labels.ne(IGNORED).sum()
     return torch.tensor(find_batch_size(batch) or 1)
-
-
-def divisors(counts: Sequence[Tensor], device: torch.device, gather: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Return what the mean loss of each micro-batch is divided by, so that the window's sum is the mean over all items.
-
-    Ranks average their gradients, so the share of each rank counts as many times as there are ranks.
-
-    Args:
-        counts: Items of each micro-batch of this rank (:func:`count_items`).
-        device: Where the divisors are wanted; nothing waits for it.
-        gather: Returns the values that a scalar tensor has on all ranks, or this one's alone where each rank's rows
-            are to make one mean whatever their number.
-
-    Returns:
-        A float32 scalar tensor for each micro-batch.
-    """
-    own = torch.stack([count.to(device, torch.float64, non_blocking=True) for count in counts])
-    totals = gather(own.sum()).reshape(-1)
-    return [(totals.sum() / (totals.numel() * count)).float() for count in own]

@@ -28,7 +28,8 @@ class Killed(LightSAMTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        if self.state.global_step == 5 and self.pass_ == ("ascent" if self._in_ascent else "descent"):
+        is_perturbed = self._sharpness_aware_optimizer().is_perturbed
+        if self.state.global_step == 5 and self.pass_ == ("descent" if is_perturbed else "ascent"):
             die()
         return loss
 

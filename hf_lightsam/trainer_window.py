@@ -1,0 +1,143 @@
+"""The Trainer's side of a gradient plan: its micro-batches, run by its own ``training_step``, and its loss's scale.
+
+Private to transformers 5.23 and 5.24, beside what ``trainer.py`` names: ``current_gradient_accumulation_steps`` (what
+``training_step`` divides a loss by that does not heed ``num_items_in_batch``), ``loss_is_scaled_for_ga``,
+``_loss_shifts_labels``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from transformers import Trainer
+from transformers.trainer_pt_utils import nested_gather
+
+from .passes import RngState, Window, count_items, frozen_running_statistics, unscale
+
+
+class TrainerWindow(Window):
+    """The micro-batches of a step of the Trainer.
+
+    Args:
+        trainer: Runs them.
+        micro_batches: As its ``get_batch_samples`` gave them.
+        num_items: Likewise: what a loss that heeds it divides by.
+        with_running_statistics: The model's modules that a second run must not let update their running statistics.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        micro_batches: Sequence[Any],
+        num_items: Tensor | int | None,
+        with_running_statistics: Sequence[_NormBase],
+    ) -> None:
+        args = trainer.args
+        super().__init__(micro_batches, args.device, rank=args.process_index, world_size=args.world_size)
+        self.trainer = trainer
+        self.num_items = num_items
+        self._with_running_statistics = with_running_statistics
+        self._model = trainer.model_wrapped
+        self._loss_heeds = loss_heeds(trainer, num_items)
+
+    def backward(self, batch: Any, *, sync: bool, again: bool = False) -> Tensor:
+        """See :class:`~hf_lightsam.passes.Window`."""
+        trainer = self.trainer
+        if not self._loss_heeds:
+            # The Trainer's own number gives a short micro-batch as much weight as a full one.
+            trainer.current_gradient_accumulation_steps = cast(int, self._divisor(batch))
+        with (
+            nullcontext() if sync else trainer.accelerator.no_sync(self._model),
+            frozen_running_statistics(self._with_running_statistics if again else ()),
+        ):
+            # A copy, since a loss function may take labels out of its inputs and another pass needs them again.
+            return trainer.training_step(self._model, copy.copy(batch), self.num_items)
+
+    def _divisor(self, batch: Any) -> Tensor | float:
+        """Return what to divide the mean loss of a micro-batch, or of a part, by."""
+        is_all = self.world_size == 1 and len(self.micro_batches) == 1 and batch is self.micro_batches[0]
+        return 1.0 if is_all else self.mean_of(self.count(batch)).float()
+
+    def count(self, batch: Any) -> Tensor:
+        """See :class:`~hf_lightsam.passes.Window`."""
+        return count_items(batch, shifts_labels=self.trainer._loss_shifts_labels)
+
+    @cached_property
+    def total(self) -> Tensor:
+        """Items of the window on all ranks; where each rank's rows make one mean, this rank's times their number."""
+        if not self._loss_heeds:
+            counts = [self.count(batch).to(self.device, non_blocking=True) for batch in self.micro_batches]
+            own = torch.stack(counts).sum().double()
+        else:
+            own = torch.as_tensor(self.num_items, device=self.device).double()
+        if not self.trainer.args.average_tokens_across_devices:
+            return own * self.world_size
+        return own if self._loss_heeds else self.gather(own).sum()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """See :class:`~hf_lightsam.passes.Window`."""
+        return cast(Tensor, nested_gather(tensor.unsqueeze(0), self.trainer.args.parallel_mode))
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """See :class:`~hf_lightsam.passes.Window`."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def zero_grad(self) -> None:
+        """See :class:`~hf_lightsam.passes.Window`."""
+        self._model.zero_grad()
+
+    def unscale(self, gradients: Sequence[Tensor]) -> None:
+        """See :class:`~hf_lightsam.passes.Window`."""
+        unscale(gradients, self.trainer.accelerator.scaler)
+
+
+def loss_heeds(trainer: Trainer, num_items: Tensor | int | None) -> bool:
+    """Whether the loss is divided by the window's items already, as ``Trainer.training_step`` decides it."""
+    if trainer.loss_is_scaled_for_ga is not None:
+        return bool(trainer.loss_is_scaled_for_ga) and num_items is not None
+    return (bool(trainer.model_accepts_loss_kwargs) or trainer.compute_loss_func is not None) and num_items is not None
+
+
+@torch.no_grad()
+def ask_the_loss(trainer: Trainer, inputs: Any, num_items: Tensor | int | None) -> bool | None:
+    """Find out whether the loss heeds ``num_items_in_batch``.
+
+    The Trainer takes every model whose ``forward`` has ``**kwargs`` for one that divides its summed loss by the number
+    of items of the whole window. Classification heads of encoders have ``**kwargs`` and ignore the number, and their
+    loss and gradients come out multiplied by the accumulation steps (and the ranks). So ask the loss, with two numbers.
+
+    Returns:
+        None where a batch without items, or a loss that is not finite, says nothing; True also where the Trainer does
+        not count on it. All ranks get one answer.
+    """
+    asks = trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
+    if num_items is None or not asks or trainer.loss_is_scaled_for_ga is not None:
+        return True
+    state = RngState.capture(trainer.args.device)
+    model = cast(nn.Module, trainer.model)
+    was_training = model.training
+    model.eval()
+    try:
+        with trainer.compute_loss_context_manager():
+            losses = []
+            for number in (num_items, 2 * num_items):
+                prepared = trainer._prepare_inputs(copy.copy(inputs))
+                losses.append(cast(Tensor, trainer.compute_loss(model, prepared, num_items_in_batch=number)).mean())
+    finally:
+        model.train(was_training)
+        state.restore()
+    # All ranks must come to one answer: those that take the number gather it in every step.
+    pairs = cast(Tensor, nested_gather(torch.stack(losses).float(), trainer.args.parallel_mode)).view(-1, 2)
+    pairs = pairs[pairs.isfinite().all(dim=1) & (pairs != 0).any(dim=1)]
+    if len(pairs) == 0:
+        return None
+    return not torch.allclose(pairs[:, 0], pairs[:, 1], rtol=1e-4, atol=0.0)
