@@ -14,7 +14,19 @@ from .optim_flag import is_registered, optim_name, register
 
 register()  # before the parser asks the enum for its choices
 
-_FIELDS = ("rho", "rho_scale", "bias_correction", "descent", "num_micro_batches")
+_FIELDS = (
+    "rho",
+    "rho_scale",
+    "bias_correction",
+    "ascent",
+    "descent",
+    "eta",
+    "alpha",
+    "base_width",
+    "width",
+    "roles",
+    "num_micro_batches",
+)
 """Typed fields that are options of recipes, under the same names."""
 
 
@@ -28,16 +40,26 @@ class LightSAMTrainingArguments(TrainingArguments):
     > Method
 
     Args:
-        optim: ``"lightsam_adam"``, ``"lightsam_adagrad"``, ``"lightsam_adagrad_norm"``, ``"sam"``, or any name that
-            Transformers knows, which then trains as ever.
-        rho: Radius of the perturbation, at least 0; 0 makes none. Default: the method's, 0.05.
+        optim: A name of the family (``hf-lightsam methods`` lists them), or any name that Transformers knows, which
+            then trains as ever.
+        rho: Radius of the perturbation, at least 0; 0 makes none. Default: the method's, 0.05 (``asam``: 0.5).
         rho_scale: LightSAM only. ``"global"``: ``rho`` is the length of the whole perturbation, for any model size.
             ``"coordinate"``: the paper's letter, where in forms II and III ``rho`` is a length for each weight.
             Default: ``"global"``.
         bias_correction: ``lightsam_adam`` only. Correct the bias of both movements' moments, as Adam does. Default:
             true, except with ``rho_scale="coordinate"``, which is the paper to the letter.
-        descent: ``sam`` only. The optimizer that descends: ``"adamw"``, ``"adam"``, ``"sgd"`` or ``"adagrad"``.
-            Default: ``"adamw"``.
+        ascent: ``lightsam`` only. Form of the ascent: ``"adam"``, ``"adagrad"`` or ``"adagrad_norm"``. Default:
+            ``"adam"``.
+        descent: ``lightsam``: form of the descent, as for ``ascent``. ``sam`` and the methods that are SAM with another
+            perturbation: the optimizer that descends, ``"adamw"``, ``"sgd"``, ``"adafactor"`` or another of torch's.
+            Default: ``"adam"`` and ``"adamw"``.
+        eta: ``asam`` only. Added to the weights' absolute values, at least 0. Default: 0.01.
+        alpha: ``monge_sam`` only. Length on the loss surface of a unit of the loss, at least 0. Default: 1; 0 is SAM.
+        base_width: ``mup2`` and ``sp_lp`` only. Width (hidden size) at which they are SAM: that of the model on which
+            ``rho`` was tuned. Default: 768.
+        width: ``mup2`` and ``sp_lp`` only. The model's width. Default: its config's.
+        roles: ``mup2`` and ``sp_lp`` only. Roles by pattern of parameter names, ``"pattern:role;pattern:role"``, each
+            role one of input, hidden, output, fixed. Default: found from the model's modules.
 
         num_micro_batches: ``msam`` only. Shards of a step's rows, over all ranks together, each of which perturbs along
             its own gradient: a multiple of the number of ranks. Default: 2.
@@ -82,9 +104,34 @@ class LightSAMTrainingArguments(TrainingArguments):
             "except with --rho_scale coordinate."
         },
     )
+    ascent: str | None = field(
+        default=None,
+        metadata={"help": "lightsam only. Form of the ascent: adam (default), adagrad or adagrad_norm."},
+    )
     descent: str | None = field(
         default=None,
-        metadata={"help": "sam only. The optimizer that descends: adamw (default), adam, sgd or adagrad."},
+        metadata={
+            "help": "The optimizer that descends. Under sam and its kind: adamw (default), sgd, adafactor, ...; under "
+            "lightsam: adam (default), adagrad or adagrad_norm."
+        },
+    )
+    eta: float | None = field(
+        default=None, metadata={"help": "asam only. Added to the weights' absolute values. Default: 0.01."}
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "monge_sam only. Length on the loss surface of a unit of the loss. Default: 1; 0 is SAM."},
+    )
+    base_width: int | None = field(
+        default=None,
+        metadata={"help": "mup2, sp_lp only. Width of the model on which rho was tuned. Default: 768."},
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "mup2, sp_lp only. The model's width. Default: its config's hidden size."}
+    )
+    roles: str | None = field(
+        default=None,
+        metadata={"help": "mup2, sp_lp only. pattern:role;pattern:role with roles input, hidden, output, fixed."},
     )
     num_micro_batches: int | None = field(
         default=None,
@@ -148,5 +195,7 @@ def optimizer_arguments(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]
             raise UsageError(
                 f"{name}: given both as a field ({fields[name]!r}) and in optim_args ({args.optim_args!r})"
             )
+    if isinstance(fields.get("roles"), str):  # the one option that is text on a command line and more in Python
+        fields |= recipe.parse(f"roles={fields['roles']}", "roles")
     options = {name: value for name, value in shared.items() if name in recipe.options} | parsed | fields
     return recipe, recipe.arguments(args.learning_rate, options)

@@ -17,6 +17,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
 
+CORE = ("lightsam_adam", "lightsam_adagrad", "lightsam_adagrad_norm", "sam")
+"""Methods that stand for the whole family where only the core is looked at; test_family.py goes through all."""
+
 
 def make_bert(num_labels: int = 2, dropout: float = 0.1, seed: int = 0) -> BertForSequenceClassification:
     torch.manual_seed(seed)

@@ -12,14 +12,13 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_same_weights, make_args, make_bert, make_rows, train
+from conftest import CORE, assert_same_weights, make_args, make_bert, make_rows, train
 from tasks import TASKS, make_gpt2, make_task
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, default_data_collator, get_linear_schedule_with_warmup
 from trl import SFTConfig, SFTTrainer
 
 from hf_lightsam import (
-    RECIPES,
     SAM,
     LightSAM,
     LightSAMTrainer,
@@ -108,7 +107,7 @@ def test_sft_trainer_of_trl_with_adapters(tmp_path: Path) -> None:
 # ---- Optimizers of the user's ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", CORE)
 def test_an_optimizer_and_a_schedule_of_the_users(tmp_path: Path, method: str) -> None:
     trainers = []
     for own in (True, False):
@@ -177,7 +176,7 @@ def test_a_row_whose_loss_is_nan(tmp_path: Path, is_filtered: bool, caplog: pyte
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", CORE)
 def test_the_loop_takes_the_trainers_steps(tmp_path: Path, method: str, task: str) -> None:
     """Windows of two micro-batches, the last one short; as many epochs and the same schedule."""
     model, rows = make_task(task, 22)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_weights, make_args, make_bert, make_rows, weights
+from conftest import CORE, assert_same_weights, make_args, make_bert, make_rows, weights
 from features import FEATURES, Feature
 from transformers import Trainer, TrainerCallback
 
-from hf_lightsam import RECIPES, LightSAMTrainer
+from hf_lightsam import LightSAMTrainer
 
 OURS = ("perturbed_loss", "sharpness", "ascent_grad_norm", "perturbation_norm")
 TIMES = ("runtime", "per_second")
@@ -108,7 +108,7 @@ NEUTRAL = {
 }
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", CORE)
 @pytest.mark.parametrize("feature", [f for f in FEATURES if f.name in NEUTRAL], ids=lambda feature: feature.name)
 def test_features_that_change_no_weight(tmp_path: Path, feature: Feature, method: str) -> None:
     with_it, *_ = run(LightSAMTrainer, tmp_path / "with", feature, optim=method)
@@ -138,7 +138,7 @@ class OutOfMemory:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", CORE)
 def test_auto_find_batch_size_after_the_descent_ran_out_of_memory(tmp_path: Path, method: str) -> None:
     """The weights of the failed try are back: the run equals one that had the smaller batch from the start."""
     options = {"optim": method, "train_sampling_strategy": "sequential", "max_steps": 3}

@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_same_weights, make_args, make_bert, make_rows, train, weights
+from conftest import CORE, assert_same_weights, make_args, make_bert, make_rows, train, weights
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_lightsam import RECIPES, LightSAM, LightSAMTrainer
+from hf_lightsam import LightSAM, LightSAMTrainer
 from hf_lightsam.loop import SharpnessAwareLoop
 
-METHODS = tuple(RECIPES)
+METHODS = CORE
 
 
 def scale(accelerator: Accelerator, **options: Any) -> None:

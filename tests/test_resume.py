@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_weights, make_args, make_bert, make_rows, train
+from conftest import CORE, assert_same_weights, make_args, make_bert, make_rows, train
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from hf_lightsam import RECIPES, LightSAMTrainer, UsageError
+from hf_lightsam import LightSAMTrainer, UsageError
 from hf_lightsam.checkpoints import RANK_STATE, UNFINISHED, complete_checkpoints, is_complete
 
 OPTIONS: dict[str, Any] = {
@@ -52,7 +52,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("method", CORE)
 def test_every_checkpoint_goes_on_to_the_same_run(tmp_path: Path, method: str) -> None:
     whole = train(tmp_path, optim=method, **OPTIONS)
     assert len(logs(whole)) == 3

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_weights, make_args, make_bert, make_rows, train, weights
+from conftest import CORE, assert_same_weights, make_args, make_bert, make_rows, train, weights
 from tasks import TASKS, make_task
 from torch import nn
 from transformers import (
@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from hf_lightsam import (
-    RECIPES,
     SAM,
     LightSAM,
     LightSAMTrainer,
@@ -35,7 +34,7 @@ from hf_lightsam import (
     optimizer_cls_and_kwargs,
 )
 
-METHODS = tuple(RECIPES)
+METHODS = CORE
 TRAIN_LOG = ("loss", "grad_norm", "perturbed_loss", "sharpness", "ascent_grad_norm", "perturbation_norm")
 
 

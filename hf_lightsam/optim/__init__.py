@@ -1,10 +1,23 @@
-"""Sharpness-aware optimizers: each an ascent rule, a descent optimizer and an exact restore."""
+"""Sharpness-aware optimizers: each an ascent rule, a descent optimizer, a gradient plan and an exact restore."""
 
 from .adasam import AdaSAM
 from .asam import ASAM
 from .lightsam import LightSAM
 from .monge_sam import MongeSAM
+from .msam import MSAM
+from .mup2 import SPLPSAM, LayerwiseSAM, MuP2SAM
 from .sam import SAM
 from .sharpness_aware import SharpnessAwareOptimizer
 
-__all__ = ["ASAM", "SAM", "AdaSAM", "LightSAM", "MongeSAM", "SharpnessAwareOptimizer"]
+__all__ = [
+    "ASAM",
+    "MSAM",
+    "SAM",
+    "SPLPSAM",
+    "AdaSAM",
+    "LayerwiseSAM",
+    "LightSAM",
+    "MongeSAM",
+    "MuP2SAM",
+    "SharpnessAwareOptimizer",
+]

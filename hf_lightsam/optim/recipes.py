@@ -10,8 +10,13 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from .lightsam import LightSAM
+from .adasam import AdaSAM
+from .asam import ASAM
+from .lightsam import VARIANTS, LightSAM
+from .monge_sam import MongeSAM
 from .msam import MSAM
+from .mup2 import SPLPSAM, MuP2SAM
+from .roles import ROLES, parse_roles
 from .sam import DESCENTS, SAM
 from .sharpness_aware import RHO_SCALES, SharpnessAwareOptimizer
 
@@ -50,6 +55,8 @@ _COUNT = Option(int, "a whole number")
 _FLAG = Option(_boolean, "true or false")
 _RADIUS = {"rho": _NUMBER, "foreach": _FLAG, "fused": _FLAG}
 _ADAPTIVE = {**_RADIUS, "rho_scale": _choice(RHO_SCALES), "eps": _NUMBER}
+_ROLES = Option(parse_roles, f"pattern:role pairs parted by ';', each role one of {', '.join(ROLES)}")
+_LAYERWISE = {"base_width": _COUNT, "width": _COUNT, "roles": _ROLES}
 _MOMENTS = {"beta1": _NUMBER, "beta2": _NUMBER}
 
 
@@ -137,6 +144,11 @@ _DESCENT_OPTIONS: dict[str, tuple[str, ...]] = {
     "adam": ("betas", "eps"),
     "sgd": ("momentum",),
     "adagrad": ("eps",),
+    "adafactor": (),  # its eps is a pair
+    "adamax": ("betas", "eps"),
+    "nadam": ("betas", "eps"),
+    "radam": ("betas", "eps"),
+    "rmsprop": ("momentum", "eps"),
 }
 
 
@@ -151,10 +163,17 @@ def _prepare_sam(options: dict[str, Any], own: tuple[str, ...] = ()) -> dict[str
     taken = _DESCENT_OPTIONS.get(descent, ())
     if "momentum" in options and "momentum" not in taken:
         raise UsageError(
-            f"momentum={options['momentum']!r}: not an option of descent={descent!r}; descent='sgd' has it"
+            f"momentum={options['momentum']!r}: not an option of descent={descent!r}; descent='sgd' and 'rmsprop' have it"
         )
     shared = ("descent", "rho", "foreach", "fused", *own)
     return {name: value for name, value in options.items() if name in shared or name in taken}
+
+
+def _prepare_lightsam(options: dict[str, Any]) -> dict[str, Any]:
+    """Leave Adam's betas, which come with every ``TrainingArguments``, to pairs with a movement of that form."""
+    if "adam" not in (options.get("ascent") or "adam", options.get("descent") or "adam"):
+        options.pop("betas", None)
+    return options
 
 
 def _over_a_descent(name: str, optimizer: type[SAM], summary: str, own: Mapping[str, Option], **row: Any) -> Recipe:
@@ -201,12 +220,67 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2505.24399",
             copies="1",
         ),
+        Recipe(
+            "lightsam",
+            LightSAM,
+            "LightSAM with an ascent and a descent of any two of its forms",
+            {
+                **_ADAPTIVE,
+                **_MOMENTS,
+                "bias_correction": _FLAG,
+                "ascent": _choice(tuple(VARIANTS)),
+                "descent": _choice(tuple(VARIANTS)),
+            },
+            prepare=_prepare_lightsam,
+            paper="arXiv 2505.24399",
+            copies="1 to 5",
+        ),
         _over_a_descent(
             "sam",
             SAM,
             "SAM: a fixed radius along the normalised gradient, over a torch optimizer",
             {},
             paper="arXiv 2010.01412",
+            copies="1 + the descent's",
+        ),
+        _over_a_descent(
+            "asam",
+            ASAM,
+            "ASAM: SAM with steps in proportion to the weights' own sizes",
+            {"eta": _NUMBER},
+            paper="arXiv 2102.11600",
+            copies="1 + the descent's",
+        ),
+        Recipe(
+            "adasam",
+            AdaSAM,
+            "AdaSAM: SAM's ascent, AMSGrad's descent without bias correction",
+            {**_RADIUS, **_MOMENTS, "eps": _NUMBER},
+            paper="arXiv 2303.00565",
+            copies="4",
+        ),
+        _over_a_descent(
+            "monge_sam",
+            MongeSAM,
+            "Monge SAM: SAM's perturbation, measured along the loss surface",
+            {"alpha": _NUMBER},
+            paper="arXiv 2502.08448",
+            copies="1 + the descent's",
+        ),
+        _over_a_descent(
+            "mup2",
+            MuP2SAM,
+            "muP^2: SAM with the perturbation scaled by layer, for models initialised and trained in muP",
+            _LAYERWISE,
+            paper="arXiv 2411.00075",
+            copies="1 + the descent's",
+        ),
+        _over_a_descent(
+            "sp_lp",
+            SPLPSAM,
+            "SP-LP: SAM with the perturbation scaled by layer, for the standard parametrisation (pretrained models)",
+            _LAYERWISE,
+            paper="arXiv 2411.00075",
             copies="1 + the descent's",
         ),
         _over_a_descent(

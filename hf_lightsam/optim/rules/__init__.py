@@ -11,6 +11,7 @@ from .adam import Adam
 from .adaptive_gradient import AdaptiveGradient
 from .amsgrad import AMSGrad
 from .base import Rule
+from .layerwise_gradient import LayerwiseGradient
 from .monge_gradient import MongeGradient
 from .normalized_gradient import NormalizedGradient
 
@@ -20,6 +21,7 @@ __all__ = [
     "AdaGradNorm",
     "Adam",
     "AdaptiveGradient",
+    "LayerwiseGradient",
     "MongeGradient",
     "NormalizedGradient",
     "Rule",
