@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ class TrainerWindow(Window):
         self._with_running_statistics = with_running_statistics
         self._model = trainer.model_wrapped
         self._loss_heeds = loss_heeds(trainer, num_items)
+
+    def with_rows(self, micro_batches: Sequence[Any], total: Tensor) -> Self:
+        """See :class:`~hf_lightsam.passes.Window`."""
+        window = super().with_rows(micro_batches, total)
+        if self.num_items is not None:
+            ranks = 1 if self.trainer.args.average_tokens_across_devices else self.world_size
+            window.num_items = (total / ranks).to(torch.as_tensor(self.num_items).dtype)
+        return window
 
     def backward(self, batch: Any, *, sync: bool, again: bool = False) -> Tensor:
         """See :class:`~hf_lightsam.passes.Window`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +32,18 @@ class Window(ABC):
         self.device = device
         self.rank = rank
         self.world_size = world_size
+
+    def with_rows(self, micro_batches: Sequence[Any], total: Tensor) -> Self:
+        """Return a window of other rows: of another step, or of another rank.
+
+        Args:
+            micro_batches: At least one.
+            total: The :attr:`total` of the window that they come from, on this device.
+        """
+        window = copy.copy(self)
+        window.micro_batches = list(micro_batches)
+        window.total = total
+        return window
 
     @abstractmethod
     def backward(self, batch: Any, *, sync: bool, again: bool = False) -> Tensor:
