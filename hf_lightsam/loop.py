@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
 from .passes import Window, frozen_running_statistics, modules_with_running_statistics, unscale
+from .passes.row_losses import FromOutputs, RowLosses, recorded_row_losses
 
 ComputeLoss = Callable[[nn.Module, Any], Tensor]
 
@@ -67,6 +69,8 @@ class SharpnessAwareLoop:
         replay_rng: Give both passes the same dropout masks.
         sync_ascent: Average the ascent gradient over ranks; otherwise each rank perturbs by the gradient of its own
             rows, which spares half of the communication (m-sharpness).
+        row_losses: For methods that choose rows: returns the loss of each row, of shape (rows,), from the model's
+            outputs and the micro-batch. Default: told from ``logits`` and ``labels`` as Transformers' losses do.
 
     Raises:
         UsageError: For an optimizer that is not of the family, or accumulation left to the accelerator.
@@ -83,6 +87,7 @@ class SharpnessAwareLoop:
         max_grad_norm: float | None = None,
         replay_rng: bool = True,
         sync_ascent: bool = True,
+        row_losses: FromOutputs | None = None,
     ) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(inner, SharpnessAwareOptimizer):
@@ -98,6 +103,7 @@ class SharpnessAwareLoop:
         self.compute_loss = compute_loss
         self.count_items = count_items or _count_rows
         self.max_grad_norm = max_grad_norm
+        self.row_losses = row_losses
         inner.bind(accelerator.unwrap_model(model))
         self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent)
         self.plan.check_ranks(accelerator.num_processes)
@@ -150,6 +156,17 @@ class _LoopWindow(Window):
             loss = loop.compute_loss(loop.model, batch) * share.float()
             loop.accelerator.backward(loss)
         return loss.detach()
+
+    def row_losses(self, batch: Any, *, sync: bool | None = None) -> RowLosses:
+        loop, loss = self.loop, None
+        model = loop.accelerator.unwrap_model(loop.model, keep_torch_compile=False)
+        with recorded_row_losses(loop.model, model, batch, loop.row_losses) as found:
+            if sync is not None:
+                loss = self.backward(batch, sync=sync)
+            else:
+                with torch.no_grad(), frozen_running_statistics(loop._with_running_statistics):
+                    loop.compute_loss(loop.model, batch)
+        return dataclasses.replace(found[-1], loss=loss)
 
     def count(self, batch: Any) -> Tensor:
         return torch.as_tensor(self.loop.count_items(batch))

@@ -8,6 +8,7 @@ Private to transformers 5.23 and 5.24, beside what ``trainer.py`` names: ``curre
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -20,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
 from .passes import RngState, Window, count_items, frozen_running_statistics, unscale
+from .passes.row_losses import RowLosses, recorded_row_losses
 
 
 class TrainerWindow(Window):
@@ -67,6 +69,24 @@ class TrainerWindow(Window):
         ):
             # A copy, since a loss function may take labels out of its inputs and another pass needs them again.
             return trainer.training_step(self._model, copy.copy(batch), self.num_items)
+
+    def row_losses(self, batch: Any, *, sync: bool | None = None) -> RowLosses:
+        """See :class:`~hf_lightsam.passes.Window`; a method ``row_losses`` of the trainer's own makes the losses."""
+        trainer, loss = self.trainer, None
+        model = trainer.accelerator.unwrap_model(self._model, keep_torch_compile=False)
+        smoothing = 0.0 if trainer.label_smoother is None else trainer.label_smoother.epsilon
+        inputs = trainer._prepare_inputs(copy.copy(batch))
+        with recorded_row_losses(self._model, model, inputs, getattr(trainer, "row_losses", None), smoothing) as found:
+            if sync is not None:
+                loss = self.backward(batch, sync=sync)
+            else:
+                with (
+                    torch.no_grad(),
+                    frozen_running_statistics(self._with_running_statistics),
+                    trainer.compute_loss_context_manager(),
+                ):
+                    trainer.compute_loss(self._model, copy.copy(inputs), num_items_in_batch=self.num_items)
+        return dataclasses.replace(found[-1], loss=loss)
 
     def _divisor(self, batch: Any) -> Tensor | float:
         """Return what to divide the mean loss of a micro-batch, or of a part, by."""

@@ -11,6 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from .row_losses import RowLosses
+
 
 class Window(ABC):
     """The micro-batches of one optimizer step on this rank, and what runs them forward and backward.
@@ -60,6 +62,16 @@ class Window(ABC):
         Returns:
             The rows' part of the loss, a detached scalar: summed over a rank's parts and averaged over ranks it is the
             mean over all items.
+        """
+
+    @abstractmethod
+    def row_losses(self, batch: Any, *, sync: bool | None = None) -> RowLosses:
+        """Return the loss of each row at the present weights, with one forward run.
+
+        Args:
+            batch: A micro-batch, or a part of one.
+            sync: Run backward too, as :meth:`backward` with this argument. Default: no gradients, and running
+                statistics stay as they are.
         """
 
     @abstractmethod
