@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,6 +16,7 @@ from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
 from .passes import Window, frozen_running_statistics, modules_with_running_statistics, unscale
 from .passes.row_losses import FromOutputs, RowLosses, recorded_row_losses
+from .validation_rows import BatchesByNumber
 
 ComputeLoss = Callable[[nn.Module, Any], Tensor]
 
@@ -71,9 +72,13 @@ class SharpnessAwareLoop:
             rows, which spares half of the communication (m-sharpness).
         row_losses: For methods that choose rows: returns the loss of each row, of shape (rows,), from the model's
             outputs and the micro-batch. Default: told from ``logits`` and ``labels`` as Transformers' losses do.
+        validation_batches: For methods that learn on rows kept apart (LETS), and only for them: a function that
+            returns this rank's micro-batches for the number of the draw, counted from 0, or an iterable of
+            micro-batches that is gone round, one at a time. On the device, like the micro-batches of a step.
 
     Raises:
-        UsageError: For an optimizer that is not of the family, or accumulation left to the accelerator.
+        UsageError: For an optimizer that is not of the family, accumulation left to the accelerator, or
+            ``validation_batches`` that a method needs and has not got, or has got and does not need.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class SharpnessAwareLoop:
         replay_rng: bool = True,
         sync_ascent: bool = True,
         row_losses: FromOutputs | None = None,
+        validation_batches: Callable[[int], Sequence[Any]] | Iterable[Any] | None = None,
     ) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(inner, SharpnessAwareOptimizer):
@@ -104,6 +110,11 @@ class SharpnessAwareLoop:
         self.count_items = count_items or _count_rows
         self.max_grad_norm = max_grad_norm
         self.row_losses = row_losses
+        if inner.plan_class.needs_validation != (validation_batches is not None):
+            given = "None" if validation_batches is None else type(validation_batches).__name__
+            expected = "micro-batches of rows kept apart" if inner.plan_class.needs_validation else "None"
+            raise UsageError(f"validation_batches={given}: {type(inner).__name__} expects {expected}")
+        self.validation_batches = None if validation_batches is None else BatchesByNumber(validation_batches)
         inner.bind(accelerator.unwrap_model(model))
         self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent)
         self.plan.check_ranks(accelerator.num_processes)
@@ -148,13 +159,13 @@ class _LoopWindow(Window):
         )
         self.loop = loop
 
-    def backward(self, batch: Any, *, sync: bool, again: bool = False) -> Tensor:
+    def backward(self, batch: Any, *, sync: bool, again: bool = False, create_graph: bool = False) -> Tensor:
         loop = self.loop
         share = 1.0 / self.mean_of(self.count(batch))
         modules = loop._with_running_statistics if again else ()
         with nullcontext() if sync else loop.accelerator.no_sync(loop.model), frozen_running_statistics(modules):
             loss = loop.compute_loss(loop.model, batch) * share.float()
-            loop.accelerator.backward(loss)
+            loop.accelerator.backward(loss, create_graph=create_graph)
         return loss.detach()
 
     def row_losses(self, batch: Any, *, sync: bool | None = None) -> RowLosses:
@@ -170,6 +181,10 @@ class _LoopWindow(Window):
 
     def count(self, batch: Any) -> Tensor:
         return torch.as_tensor(self.loop.count_items(batch))
+
+    def validation(self, number: int) -> Window:
+        assert self.loop.validation_batches is not None
+        return _LoopWindow(self.loop, self.loop.validation_batches(number))
 
     def gather(self, tensor: Tensor) -> Tensor:
         return cast(Tensor, self.loop.accelerator.gather(tensor.unsqueeze(0)))

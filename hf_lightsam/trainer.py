@@ -9,7 +9,8 @@ evaluation and saving are the Trainer's own, and while it does them the weights 
 
 Private to transformers, and used nowhere else but in ``trainer_window.py``: ``_save_rng_state`` (called on every rank
 while a checkpoint is written), ``_tr_loss``, ``_globalstep_last_logged`` and ``_total_loss_scalar`` (the loss not
-logged yet, which a checkpoint of the Trainer's own leaves out), ``_get_num_items_in_batch``.
+logged yet, which a checkpoint of the Trainer's own leaves out), ``_get_num_items_in_batch``, ``_train_batch_size`` and
+``_get_collator_with_removed_columns`` (micro-batches of validation rows as those of training rows).
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ from .sigterm import checkpoint_on_sigterm_between_steps
 from .step_statistics import StepStatistics
 from .trainer_window import TrainerWindow, ask_the_loss
 from .training_args import optimizer_arguments
+from .validation_rows import (
+    DEFAULT_FRACTION,
+    ValidationRows,
+    carve,
+    check_validation_dataset,
+    refuse_rows_of_another_purpose,
+)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -73,14 +81,22 @@ class SharpnessAwareMixin(_Base):
     Checkpoints resume to the same bits; ``train(resume_from_checkpoint=True)`` takes the last one that was written to
     its end. With ``enable_jit_checkpoint`` (a checkpoint on SIGTERM) it is written between steps.
 
+    Args:
+        *args: Of the trainer class.
+        validation_dataset: For methods that learn an option of their own (LETS), and only for them: rows to learn it
+            on, with a length and rows by index, in the form of the rows that the Trainer collates. Neither
+            ``eval_dataset`` nor ``train_dataset``. Default: ``args.validation_fraction`` (0.1) of the training rows,
+            chosen by ``args.seed``, which are then not trained on.
+        **kwargs: Of the trainer class.
+
     Raises:
         UsageError: At construction, for options out of range, an output folder that cannot be written, an optimizer
             that is not of the family while ``args.optim`` is, or an engine that takes the optimizer step over
-            (DeepSpeed, SageMaker model parallelism, XLA) or shards the model while loading it. In ``train``, for a
-            checkpoint that is not complete, or of another optimizer.
+            (DeepSpeed, SageMaker model parallelism, XLA) or shards the model while loading it, or for validation rows
+            that another purpose has. In ``train``, for a checkpoint that is not complete, or of another optimizer.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, validation_dataset: Any = None, **kwargs: Any) -> None:
         self._plan: GradientPlan | None = None
         self._window: TrainerWindow | None = None
         self._is_running_plan = False
@@ -96,6 +112,7 @@ class SharpnessAwareMixin(_Base):
             optimizer_arguments(self.args)  # options are checked now, not when training starts
         self._refuse_engines()
         self._refuse_other_optimizers()
+        self._validation_rows = self._find_validation_rows(validation_dataset)
         self._statistics = StepStatistics(self.args.device)
         self.add_callback(_PlanCallback(self))
         if self.is_sharpness_aware:
@@ -163,6 +180,9 @@ class SharpnessAwareMixin(_Base):
 
     def _refused_engines(self) -> dict[str, str]:
         """Return the engines that the method's plan refuses."""
+        return dict(self._plan_class().refused_engines)
+
+    def _plan_class(self) -> type[GradientPlan]:
         cls: Any = None
         if self.optimizer is not None:
             cls = type(self._sharpness_aware_optimizer())
@@ -170,7 +190,7 @@ class SharpnessAwareMixin(_Base):
             cls = self.optimizer_cls_and_kwargs[0]
         else:
             cls = get_recipe(optim_name(self.args.optim)).optimizer
-        return dict(cls.plan_class.refused_engines)
+        return cast(type[GradientPlan], cls.plan_class)
 
     def _refuse_other_optimizers(self) -> None:
         """Refuse an optimizer of the user's that is not of the family under an ``optim`` that is."""
@@ -184,6 +204,51 @@ class SharpnessAwareMixin(_Base):
         raise UsageError(
             f"{name}: it takes one gradient a step, and args.optim={optim_name(self.args.optim)!r} asks for two; "
             "expected an optimizer such as hf_lightsam.LightSAM, or optim='adamw_torch' to train without a perturbation"
+        )
+
+    # ---- Validation rows ----------------------------------------------------------------------------------------
+
+    def _find_validation_rows(self, dataset: Any) -> ValidationRows | None:
+        """Return the rows on which the method learns; they come out of the training rows where none are given."""
+        if not (self.is_sharpness_aware and self._plan_class().needs_validation):
+            if dataset is not None:
+                raise UsageError(
+                    f"validation_dataset={type(dataset).__name__}: optim={optim_name(self.args.optim)!r} learns on "
+                    "training rows only; expected None"
+                )
+            return None
+        seed = self.args.seed
+        if dataset is not None:
+            refuse_rows_of_another_purpose(dataset, eval_dataset=self.eval_dataset, train_dataset=self.train_dataset)
+            check_validation_dataset(dataset)
+            return ValidationRows(dataset, seed)
+        if self.train_dataset is None:  # evaluates only
+            return None
+        given = getattr(self.args, "validation_fraction", None)
+        fraction = DEFAULT_FRACTION if given is None else given
+        size = len(self.train_dataset) if has_length(self.train_dataset) else 0
+        self.train_dataset, dataset = carve(self.train_dataset, fraction, seed)
+        logger.warning(
+            f"{len(dataset)} of {size} training rows are kept apart to learn the radius on "
+            f"(validation_fraction={fraction}; validation_dataset hands over others)."
+        )
+        return ValidationRows(dataset, seed)
+
+    def validation_batches(self, number: int, num_batches: int) -> list[Any]:
+        """Return this rank's micro-batches of validation rows, of the training's size and by its collator.
+
+        Args:
+            number: Of the draw; the same number gives the same rows.
+            num_batches: How many micro-batches.
+        """
+        assert self._validation_rows is not None
+        return self._validation_rows.draw(
+            number,
+            num_batches,
+            self._train_batch_size,
+            self._get_collator_with_removed_columns(self.data_collator, description="validation"),
+            self.args.process_index,
+            self.args.world_size,
         )
 
     def _module(self) -> nn.Module:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import cached_property
-from typing import Any, Self, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import Trainer
@@ -22,6 +23,9 @@ from transformers.trainer_pt_utils import nested_gather
 
 from .passes import RngState, Window, count_items, frozen_running_statistics, unscale
 from .passes.row_losses import RowLosses, recorded_row_losses
+
+if TYPE_CHECKING:
+    from .trainer import SharpnessAwareMixin
 
 
 class TrainerWindow(Window):
@@ -57,7 +61,7 @@ class TrainerWindow(Window):
             window.num_items = (total / ranks).to(torch.as_tensor(self.num_items).dtype)
         return window
 
-    def backward(self, batch: Any, *, sync: bool, again: bool = False) -> Tensor:
+    def backward(self, batch: Any, *, sync: bool, again: bool = False, create_graph: bool = False) -> Tensor:
         """See :class:`~hf_lightsam.passes.Window`."""
         trainer = self.trainer
         if not self._loss_heeds:
@@ -66,6 +70,7 @@ class TrainerWindow(Window):
         with (
             nullcontext() if sync else trainer.accelerator.no_sync(self._model),
             frozen_running_statistics(self._with_running_statistics if again else ()),
+            _differentiable_backward(trainer.accelerator) if create_graph else nullcontext(),
         ):
             # A copy, since a loss function may take labels out of its inputs and another pass needs them again.
             return trainer.training_step(self._model, copy.copy(batch), self.num_items)
@@ -109,6 +114,13 @@ class TrainerWindow(Window):
             return own * self.world_size
         return own if self._loss_heeds else self.gather(own).sum()
 
+    def validation(self, number: int) -> Window:
+        """See :class:`~hf_lightsam.passes.Window`: as many micro-batches as this window has, of the Trainer's size."""
+        trainer = cast("SharpnessAwareMixin", self.trainer)
+        batches = trainer.validation_batches(number, len(self.micro_batches))
+        num_items = self.trainer._get_num_items_in_batch(batches, self.device)
+        return TrainerWindow(self.trainer, batches, num_items, self._with_running_statistics)
+
     def gather(self, tensor: Tensor) -> Tensor:
         """See :class:`~hf_lightsam.passes.Window`."""
         return cast(Tensor, nested_gather(tensor.unsqueeze(0), self.trainer.args.parallel_mode))
@@ -126,6 +138,16 @@ class TrainerWindow(Window):
     def unscale(self, gradients: Sequence[Tensor]) -> None:
         """See :class:`~hf_lightsam.passes.Window`."""
         unscale(gradients, self.trainer.accelerator.scaler)
+
+
+@contextmanager
+def _differentiable_backward(accelerator: Accelerator) -> Iterator[None]:
+    """Let ``training_step``, which calls ``backward`` without options, make gradients with a graph."""
+    accelerator.backward = partial(accelerator.backward, create_graph=True)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del accelerator.backward  # the class's own again
 
 
 def loss_heeds(trainer: Trainer, num_items: Tensor | int | None) -> bool:

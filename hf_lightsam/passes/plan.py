@@ -52,6 +52,9 @@ class GradientPlan(ABC):
     refused_engines: ClassVar[dict[str, str]] = {}
     """Engines under which the plan does not work: ``"fsdp"`` or ``"ddp"`` to the reason."""
 
+    needs_validation: ClassVar[bool] = False
+    """Whether the plan learns on rows kept apart from training: :meth:`Window.validation`."""
+
     has_local_ascent: ClassVar[bool] = False
     """Whether ranks perturb by gradients of their own whatever ``sync_ascent`` says."""
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from .row_losses import RowLosses
 
 
@@ -48,7 +49,7 @@ class Window(ABC):
         return window
 
     @abstractmethod
-    def backward(self, batch: Any, *, sync: bool, again: bool = False) -> Tensor:
+    def backward(self, batch: Any, *, sync: bool, again: bool = False, create_graph: bool = False) -> Tensor:
         """Run rows forward and backward, and add to the parameters' ``grad`` their part of the step's gradient.
 
         The step's loss is the mean over all items of the window on all ranks. Gradients are averaged over ranks, so a
@@ -58,6 +59,8 @@ class Window(ABC):
             batch: A micro-batch, or a part of one.
             sync: Average what has accumulated in ``grad`` over all ranks; all ranks must do so together.
             again: These rows were run in this step before: running statistics (BatchNorm) stay as they are.
+            create_graph: Leave gradients that can be differentiated once more, with ``sync=False`` only. Take them out
+                of ``grad`` afterwards, or they keep the graph and themselves alive.
 
         Returns:
             The rows' part of the loss, a detached scalar: summed over a rank's parts and averaged over ranks it is the
@@ -93,6 +96,14 @@ class Window(ABC):
     @abstractmethod
     def unscale(self, gradients: Sequence[Tensor]) -> None:
         """Take the loss scale of float16 training out of gradients that ``backward`` has made, in place."""
+
+    def validation(self, number: int) -> Window:
+        """Return a window of rows on which a method learns its own options: other rows than those trained on.
+
+        Args:
+            number: The same number gives the same rows.
+        """
+        raise UsageError("this method learns on validation rows; expected a loop that has some")
 
     @cached_property
     def total(self) -> Tensor:
