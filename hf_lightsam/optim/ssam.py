@@ -75,7 +75,7 @@ class SSAM(SAM):
             ``"weight"``. Default: ``"gradient"``.
         grow: For ``"dynamic"``: what selects another, ``"random"``, ``"gradient"`` or ``"weight"``. Default:
             ``"random"``.
-        seed: For ``"dynamic"``: of the random choices, from 0; they depend on nothing but it and the number of the
+        mask_seed: For ``"dynamic"``: of the random choices, from 0; they depend on nothing but it and the number of the
             refresh, so that ranks and resumed runs agree. Default: 0.
         foreach: As for :class:`~hf_lightsam.optim.SAM`.
         fused: As for :class:`~hf_lightsam.optim.SAM`.
@@ -95,7 +95,7 @@ class SSAM(SAM):
     _copied = (
         *SAM._copied,
         *("mask", "sparsity", "n_of_m", "update_steps", "update_epochs", "num_samples"),
-        *("drop_rate", "drop", "grow", "seed"),
+        *("drop_rate", "drop", "grow", "mask_seed"),
     )
 
     def __init__(
@@ -113,7 +113,7 @@ class SSAM(SAM):
         drop_rate: float = 0.5,
         drop: str = "gradient",
         grow: str = "random",
-        seed: int = 0,
+        mask_seed: int = 0,
         foreach: bool | None = None,
         fused: bool | None = None,
         **descent_options: Any,
@@ -135,7 +135,7 @@ class SSAM(SAM):
         self.drop_rate = _check_share("drop_rate", drop_rate)
         self.drop = check_choice("drop", drop, DROPS)
         self.grow = check_choice("grow", grow, GROWTHS)
-        self.seed = _check_count("seed", seed, least=0)
+        self.mask_seed = _check_count("mask_seed", mask_seed, least=0)
         super().__init__(params, descent, rho, foreach=foreach, fused=fused, **descent_options)
         for group in self.param_groups:
             group.update(_COUNTS)
@@ -211,7 +211,7 @@ class SSAM(SAM):
         number = self.param_groups[0]["refreshes"]
         states = [self.ascent.state.get(p, {}) for p in parameters]
         if number == 0 or not all("mask" in state for state in states):
-            masks = top_k_mask(random_scores(parameters, self.seed, number), num_selected)
+            masks = top_k_mask(random_scores(parameters, self.mask_seed, number), num_selected)
         else:
             if gradients is None:
                 gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -220,7 +220,7 @@ class SSAM(SAM):
                 return False
             scores = {"gradient": gradients, "weight": parameters}
             if self.grow == "random":
-                scores["random"] = random_scores(parameters, self.seed, number)
+                scores["random"] = random_scores(parameters, self.mask_seed, number)
             share = cosine_drop_share(self.drop_rate, progress)
             old = [state["mask"] for state in states]
             masks = drop_and_grow(old, scores[self.drop], scores[self.grow], num_selected, share)

@@ -16,8 +16,10 @@ from .normalized_gradient import NormalizedGradient
 NORM_FLOOR = 1e-7
 """Added to the gradient norm, as in the authors' implementation (Mi-Peng/Sparse-Sharpness-Aware-Minimization)."""
 
-BUCKET_BYTES = 1 << 26
-"""Masked gradients that exist at a time, up to the size of one parameter: no copy of the whole model is made."""
+BUCKET_BYTES = {"cpu": 1 << 22}
+"""Masked gradients that exist at a time: no copy of the model is made, and on a CPU it stays in the cache."""
+
+ACCELERATOR_BUCKET_BYTES = 1 << 26
 
 
 class MaskedGradient(NormalizedGradient):
@@ -78,9 +80,10 @@ class MaskedGradient(NormalizedGradient):
         kernels: Kernels,
     ) -> None:
         masks = [self.state[p]["mask"] for p in parameters]
-        for part in _buckets(gradients):
-            masked = list(torch._foreach_mul(gradients[part], masks[part]))
-            super()._update(group, parameters[part], weights[part], masked, kernels)
+        limit = BUCKET_BYTES.get(weights[0].device.type, ACCELERATOR_BUCKET_BYTES)
+        for part_weights, part_gradients, part_masks in _buckets(weights, gradients, masks, limit):
+            masked = list(torch._foreach_mul(part_gradients, part_masks))
+            super()._update(group, parameters, part_weights, masked, kernels)
 
 
 def refuse_shard(parameter: Tensor) -> None:
@@ -97,12 +100,32 @@ def _mask_like(parameter: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(mask)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Split a list into runs of at most :data:`BUCKET_BYTES` (or of one larger tensor)."""
-    start = size = 0
-    for index, tensor in enumerate(tensors):
-        if index > start and size + tensor.nbytes > BUCKET_BYTES:
-            yield slice(start, index)
-            start, size = index, 0
-        size += tensor.nbytes
-    yield slice(start, len(tensors))
+def _buckets(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], masks: Sequence[Tensor], limit: int
+) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """Split three lists alike into runs of at most ``limit`` bytes of gradients, large contiguous tensors in pieces."""
+    bucket: list[tuple[Tensor, ...]] = []
+    size = 0
+    for tensors in zip(weights, gradients, masks, strict=True):
+        for pieces in _pieces(tensors, limit):
+            nbytes = pieces[1].nbytes
+            if bucket and size + nbytes > limit:
+                yield _transposed(bucket)
+                bucket, size = [], 0
+            bucket.append(pieces)
+            size += nbytes
+    if bucket:
+        yield _transposed(bucket)
+
+
+def _pieces(tensors: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
+    if tensors[1].nbytes <= limit or not all(tensor.is_contiguous() for tensor in tensors):
+        yield tensors
+        return
+    length = max(1, limit // tensors[1].element_size())
+    yield from zip(*(tensor.view(-1).split(length) for tensor in tensors), strict=True)
+
+
+def _transposed(bucket: Sequence[tuple[Tensor, ...]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    weights, gradients, masks = (list(column) for column in zip(*bucket, strict=True))
+    return weights, gradients, masks
