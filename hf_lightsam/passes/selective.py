@@ -1,0 +1,379 @@
+"""The plan of ESAM: a first pass for some of the parameter tensors, a second one on some of the rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.tensor import DTensor
+
+from ..errors import UsageError
+from .padding import cut_columns, row_lengths
+from .plan import GradientPlan, WindowResult, added
+from .rng import RngState
+from .row_losses import ACCEPTED, RowLosses
+from .rows import num_rows, select_rows
+from .window import Window
+
+if TYPE_CHECKING:
+    from ..optim import SharpnessAwareOptimizer
+
+STEP = "draw"
+"""Option of the first parameter group: the number of draws so far. In the groups, as checkpoints hold those."""
+
+IN_USE = "in_use"
+"""Option of each parameter group: which of its parameters have ever had a gradient, and so can be drawn."""
+
+NO_FSDP = "which reduces the gradients of a layer together, whether all of its parameters take one or not"
+
+TOLERANCE = 0.05
+"""How far, relatively, the loss that is trained may be from the mean of the rows' losses: bfloat16 rounds by 0.004."""
+
+
+@dataclass
+class _Choice:
+    """Which rows descend.
+
+    Attributes:
+        rows: For each micro-batch of this rank which of its rows do.
+        lengths: For each of these how many columns they need; 0 if that is not known.
+        a_rank_has_none: Whether there is a rank, this or another one, all of whose rows do not.
+        share: Of all rows.
+    """
+
+    rows: list[list[int]]
+    lengths: list[int]
+    a_rank_has_none: bool
+    share: Tensor
+
+
+class Selective(GradientPlan):
+    r"""ESAM (Du et al., arXiv 2110.03141): see :class:`~hf_lightsam.optim.esam.ESAM` for the equations.
+
+    1. The gradient of all rows, with ``requires_grad`` off for the parameter tensors that were not drawn, so that no
+       work is done for their gradients. It is averaged over ranks tensor by tensor, outside of DDP, whose buckets
+       wait for all gradients; the losses of the rows are read off the same forward.
+    2. The losses of all rows at the perturbed weights, without gradients, with the random numbers of 1.
+    3. The gradient of the mean over the items of the chosen rows of all ranks: micro-batches with chosen rows run
+       those alone, without the columns that they do not need. Where a rank has none, gradients are averaged by hand.
+
+    Dropout masks in 3 start from the random numbers of 1 too, but those of fewer rows are others, row by row.
+
+    Args:
+        optimizer: Perturbs the weights; its groups have an option ``beta``.
+        gamma: Share of the rows of the second pass, in (0, 1].
+        seed: Of the draw.
+        model: Tells whether ``requires_grad`` can be turned off; None: it can.
+        **options: Of :class:`GradientPlan`.
+    """
+
+    evaluations: ClassVar[str] = "1 + gamma (+ a forward)"
+    refused_engines: ClassVar[dict[str, str]] = {"fsdp": NO_FSDP}
+
+    def __init__(
+        self,
+        optimizer: SharpnessAwareOptimizer,
+        gamma: float,
+        seed: int = 0,
+        model: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(optimizer, **options)
+        self.gamma = gamma
+        self.seed = seed
+        self.model = model
+        self._losses_are_checked = gamma == 1
+
+    def take_gradients(self, window: Window, *, measure: bool) -> WindowResult:
+        """See :class:`GradientPlan`."""
+        states: list[list[RngState]] = []
+        before: list[RowLosses] = []
+        losses = self._ascent(window, before, states)
+        if not self._losses_are_checked:
+            self._check_losses(window, before, losses)
+        after_first = RngState.capture(window.device) if self.replay_rng else None
+        result = WindowResult(losses)
+        self.perturb(window, result.measures, measure=measure)
+        window.zero_grad()
+        if self.gamma == 1:
+            flat = [state for of_one in states for state in of_one]
+            perturbed = self.second_pass(window, window.micro_batches, flat, sync=True)
+            result.measures["sharpness"] = added(perturbed) - added(losses)
+        else:
+            rises = self._rises(window, before, states, result.measures)
+            choice = self._choose_rows(window, rises, before)
+            self._descend(window, choice, states)
+            result.measures["selected_rows"] = choice.share
+        if after_first is not None:
+            after_first.restore()
+        self._note_use()
+        return result
+
+    # ---- The first pass -----------------------------------------------------------------------------------------
+
+    def _ascent(self, window: Window, before: list[RowLosses], states: list[list[RngState]]) -> list[Tensor]:
+        """Leave the ascent gradients of the tensors that are drawn, and of no other.
+
+        Args:
+            window: Runs the rows.
+            before: Filled with the losses of the rows, unless all of them descend.
+            states: Filled with the random numbers' state of each micro-batch.
+
+        Returns:
+            The losses of the micro-batches.
+        """
+        groups = self.optimizer.param_groups
+        number = groups[0].get(STEP, 0)
+        groups[0][STEP] = number + 1
+        is_known = all(len(group.get(IN_USE, ())) == len(group["params"]) for group in groups)
+        if is_known and not needs_all_gradients(self.model):
+            drawn = self._draw(number)
+            ids = set(map(id, drawn))
+            others = [p for p in self._in_use() if id(p) not in ids]
+            with without_gradients(others):
+                losses = self._run(window, before, states, sync=self.sync_ascent and not others)
+            if others and self.sync_ascent:
+                self._average(window, drawn)
+            return losses
+        losses = self._run(window, before, states, sync=self.sync_ascent)
+        if not is_known:
+            self._learn_use(window)
+        ids = set(map(id, self._draw(number)))
+        for parameter in self.parameters():
+            if id(parameter) not in ids:
+                parameter.grad = None
+        return losses
+
+    def _run(
+        self, window: Window, before: list[RowLosses], states: list[list[RngState]], *, sync: bool
+    ) -> list[Tensor]:
+        losses = []
+        for index, batch in enumerate(window.micro_batches):
+            states.append([RngState.capture(window.device)] if self.replay_rng else [])
+            is_last = sync and index == len(window.micro_batches) - 1
+            if self.gamma == 1:
+                losses.append(window.backward(batch, sync=is_last))
+                continue
+            of_rows = window.row_losses(batch, sync=is_last)
+            assert of_rows.loss is not None
+            before.append(of_rows)
+            losses.append(of_rows.loss)
+        return losses
+
+    def _draw(self, number: int) -> list[Tensor]:
+        """Return the tensors that the given draw perturbs: at least one of those that can be."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        numbers = iter(torch.rand(len(self.parameters()), generator=generator, dtype=torch.float64).tolist())
+        candidates = []  # a parameter with its number over beta: drawn if that is below 1
+        for group in self.optimizer.param_groups:
+            for parameter, in_use in zip(group["params"], group[IN_USE], strict=True):
+                ratio = next(numbers) / group["beta"]
+                if in_use and group["rho"] > 0 and parameter.requires_grad:
+                    candidates.append((ratio, parameter))
+        drawn = [parameter for ratio, parameter in candidates if ratio < 1]
+        return drawn or [min(candidates, key=lambda pair: pair[0])[1]] if candidates else []
+
+    def _in_use(self) -> list[Tensor]:
+        return [
+            parameter
+            for group in self.optimizer.param_groups
+            for parameter, in_use in zip(group["params"], group[IN_USE], strict=True)
+            if in_use and parameter.requires_grad
+        ]
+
+    def _learn_use(self, window: Window) -> None:
+        """Note which parameters have a gradient on any rank, after a pass with gradients of all."""
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            raise UsageError(f"params: sharded by FSDP, {NO_FSDP}; expected DDP or a single device")
+        has = torch.tensor([p.grad is not None for p in self.parameters()], device=window.device)
+        flags = iter(window.gather(has.int()).amax(dim=0).bool().tolist())
+        for group in self.optimizer.param_groups:
+            group[IN_USE] = [next(flags) for _ in group["params"]]
+
+    def _note_use(self) -> None:
+        """Add the parameters that had their first gradient in the second pass, which is the same on all ranks."""
+        for group in self.optimizer.param_groups:
+            pairs = zip(group["params"], group[IN_USE], strict=True)
+            group[IN_USE] = [in_use or parameter.grad is not None for parameter, in_use in pairs]
+
+    # ---- The rows -----------------------------------------------------------------------------------------------
+
+    def _rises(
+        self,
+        window: Window,
+        before: Sequence[RowLosses],
+        states: Sequence[Sequence[RngState]],
+        measures: dict[str, Tensor],
+    ) -> list[Tensor]:
+        """Return by how much the perturbation raises the loss of each row, for each micro-batch; note the mean."""
+        rises, means = [], []
+        for batch, at_weights, state in zip(window.micro_batches, before, states, strict=True):
+            for saved in state:
+                saved.restore()
+            rises.append(window.row_losses(batch).values - at_weights.values)
+            means.append(at_weights.mean(rises[-1]) / window.mean_of(window.count(batch)))
+        measures["sharpness"] = added(means).float()
+        return rises
+
+    def _choose_rows(self, window: Window, rises: Sequence[Tensor], before: Sequence[RowLosses]) -> _Choice:
+        """Choose rows among those of all ranks.
+
+        A row whose loss is not finite comes first, so that it is seen as ever; one without items comes last. Equals
+        are taken in the order of micro-batch, rank and row.
+        """
+        values = torch.cat(list(rises)).float()
+        items = torch.cat([of_rows.items.to(values.device) for of_rows in before])
+        values = torch.where(values.isfinite(), values, torch.inf)
+        values = torch.where(items > 0, values, -torch.inf)
+        sizes = [len(of_batch) for of_batch in rises]
+        places = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(values)
+        own = torch.stack([values, places])
+        if window.world_size > 1:
+            most = int(window.gather(torch.tensor(own.size(1), device=own.device)).max())
+            own = torch.nn.functional.pad(own, (0, most - own.size(1)), value=-torch.inf)
+        values, places = window.gather(own).unbind(dim=1)  # each of shape (ranks, rows)
+        is_row = places >= 0
+        in_order = torch.argsort(torch.where(is_row, places, torch.inf).flatten(), stable=True)
+        by_value = torch.argsort(values.flatten()[in_order], descending=True, stable=True)
+        counted = (values.flatten() > -torch.inf).sum()
+        number = (counted.double() * self.gamma - 1e-6).ceil().clamp(min=1)  # 0.1 * 30 is a little more than 3
+        chosen = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
+        chosen[in_order[by_value]] = torch.arange(values.numel(), device=values.device) < number
+        chosen = chosen.view(values.shape)
+        lengths = [
+            torch.zeros(size, dtype=torch.int64) if of_rows is None else of_rows
+            for size, of_rows in zip(sizes, map(row_lengths, window.micro_batches), strict=True)
+        ]
+        columns = torch.cat([of_batch.to(values.device) for of_batch in lengths])
+        columns = torch.where(chosen[window.rank, : len(columns)], columns, -1)
+        a_rank_has_none = ~chosen.any(dim=1).all().view(1)
+        *flat, is_missing = torch.cat([columns, a_rank_has_none]).tolist()  # what waits for the device, once a step
+        rows: list[list[int]] = []
+        widths: list[int] = []
+        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+            needed = flat[end - size : end]
+            rows.append([row for row, length in enumerate(needed) if length >= 0])
+            widths.append(max(needed, default=0))
+        return _Choice(rows, widths, bool(is_missing), chosen.sum() / is_row.sum())
+
+    def _check_losses(self, window: Window, before: Sequence[RowLosses], losses: Sequence[Tensor]) -> None:
+        """Refuse, once, rows whose losses do not make up the loss that is trained."""
+        as_mean, as_sum = [], []
+        for batch, of_rows in zip(window.micro_batches, before, strict=True):
+            as_mean.append(of_rows.mean(of_rows.values) / window.mean_of(window.count(batch)))
+            # Where labels are counted that have no loss, as transformers counts those of GPT-2.
+            as_sum.append((of_rows.values * of_rows.items).sum() * window.world_size / window.total)
+        loss = added(losses).double()
+        errors = torch.stack([(added(of_kind).double() - loss).abs() for of_kind in (as_mean, as_sum)])
+        local = torch.stack([errors.amin(), loss.abs(), added(as_mean).double()])
+        values = window.gather(local).tolist()
+        if any(of_rows.is_custom for of_rows in before):
+            self._losses_are_checked = True
+            return
+        for error, trained, from_rows in values:
+            if not math.isfinite(error):
+                return
+            if error > TOLERANCE * trained + 1e-3:
+                raise UsageError(
+                    f"loss={trained:.4g}: the losses of the rows, as told from logits and labels, make "
+                    f"{from_rows:.4g}, so it is another loss; expected {ACCEPTED}"
+                )
+        self._losses_are_checked = True
+
+    # ---- The second pass ----------------------------------------------------------------------------------------
+
+    def _descend(
+        self,
+        window: Window,
+        choice: _Choice,
+        states: Sequence[Sequence[RngState]],
+    ) -> None:
+        """Leave the gradient of the mean over the items of the chosen rows."""
+        batches: list[Any] = []
+        flat: list[RngState] = []
+        for batch, rows, length, state in zip(window.micro_batches, choice.rows, choice.lengths, states, strict=True):
+            if rows:
+                batches.append(_rows_alone(batch, rows, length))
+                flat.extend(state)
+        total = torch.zeros((), dtype=torch.float64, device=window.device)
+        items = sum((window.count(batch).to(total) for batch in batches), total)
+        # This rank's share of the window's items; the gradient is of so much of a mean.
+        share = window.gather(items * window.world_size / window.total).mean()
+        self.second_pass(window, batches, flat, sync=not choice.a_rank_has_none)
+        parameters = self._trainable()
+        if choice.a_rank_has_none:
+            has = torch.tensor([p.grad is not None for p in parameters], device=window.device)
+            anywhere = window.gather(has.int()).amax(dim=0).bool().tolist()
+            self._average(window, [p for p, has_one in zip(parameters, anywhere, strict=True) if has_one])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, torch.where(share > 0, 1.0 / share, 1.0))
+
+    def _trainable(self) -> list[Tensor]:
+        """Return all parameters that get a gradient, also those that the optimizer does not have."""
+        parameters = self.parameters() if self.model is None else list(self.model.parameters())
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    @torch.no_grad()
+    def _average(self, window: Window, parameters: Sequence[Tensor]) -> None:
+        """Average gradients over ranks, outside of the engine: the same parameters on all of them."""
+        if window.world_size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        window.sum_(gradients)
+        torch._foreach_div_(gradients, float(window.world_size))
+
+
+def _rows_alone(batch: Any, rows: Sequence[int], length: int) -> Any:
+    """Return some rows of a micro-batch, of ``length`` columns at least where that is known."""
+    if len(rows) == num_rows(batch):
+        return batch
+    batch = select_rows(batch, torch.tensor(rows))
+    return cut_columns(batch, length) if length else batch
+
+
+@contextmanager
+def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """In the body, autograd does no work for the gradients of ``parameters``; afterwards they take them again."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def needs_all_gradients(model: nn.Module | None) -> bool:
+    """Whether turning gradients off for some parameters costs more than it spares, or loses those of others.
+
+    A compiled model is compiled anew for each set of them. Reentrant gradient checkpointing gives no gradients within
+    a layer whose inputs have none, as behind embeddings that are left out.
+    """
+    if AcceleratorState._shared_state and AcceleratorState().dynamo_plugin.backend != DynamoBackend.NO:
+        return True
+    return model is not None and any(_is_compiled(module) or _is_reentrant(module) for module in model.modules())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    if not getattr(module, "gradient_checkpointing", False) or not isinstance(checkpoint, partial):
+        return False
+    return bool(checkpoint.keywords.get("use_reentrant", True))
