@@ -164,7 +164,8 @@ class _LoopWindow(Window):
         share = 1.0 / self.mean_of(self.count(batch))
         modules = loop._with_running_statistics if again else ()
         with nullcontext() if sync else loop.accelerator.no_sync(loop.model), frozen_running_statistics(modules):
-            loss = loop.compute_loss(loop.model, batch) * share.float()
+            loss = loop.compute_loss(loop.model, batch)
+            loss = loss * share.to(torch.promote_types(loss.dtype, torch.float32))
             loop.accelerator.backward(loss, create_graph=create_graph)
         return loss.detach()
 
