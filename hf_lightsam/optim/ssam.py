@@ -15,7 +15,7 @@ from .rules.base import Group
 from .rules.masked_gradient import MaskedGradient, refuse_shard
 from .sam import SAM
 from .tensors import total_norm
-from .validation import Params, check_choice, check_number
+from .validation import Params, check_choice, check_count, check_number
 
 MASKS = ("fisher", "dynamic")
 DROPS = ("gradient", "weight")
@@ -91,7 +91,6 @@ class SSAM(SAM):
 
     rule: ClassVar[type[Rule]] = MaskedGradient
     ascent: MaskedGradient
-    supports_sharding: ClassVar[bool] = False
     _copied = (
         *SAM._copied,
         *("mask", "sparsity", "n_of_m", "update_steps", "update_epochs", "num_samples"),
@@ -129,13 +128,13 @@ class SSAM(SAM):
         self.sparsity = _check_share("sparsity", DEFAULT_SPARSITY if sparsity is None else sparsity, below_one=True)
         if update_steps is not None and update_epochs is not None:
             raise UsageError(f"update_steps={update_steps!r}, update_epochs={update_epochs!r}: expected one of the two")
-        self.update_epochs = None if update_epochs is None else _check_count("update_epochs", update_epochs)
-        self.update_steps = _check_count("update_steps", DEFAULT_UPDATE_STEPS if update_steps is None else update_steps)
-        self.num_samples = _check_count("num_samples", num_samples)
+        self.update_epochs = None if update_epochs is None else check_count("update_epochs", update_epochs)
+        self.update_steps = check_count("update_steps", DEFAULT_UPDATE_STEPS if update_steps is None else update_steps)
+        self.num_samples = check_count("num_samples", num_samples)
         self.drop_rate = _check_share("drop_rate", drop_rate)
         self.drop = check_choice("drop", drop, DROPS)
         self.grow = check_choice("grow", grow, GROWTHS)
-        self.mask_seed = _check_count("mask_seed", mask_seed, least=0)
+        self.mask_seed = _check_seed(mask_seed)
         super().__init__(params, descent, rho, foreach=foreach, fused=fused, **descent_options)
         for group in self.param_groups:
             group.update(_COUNTS)
@@ -343,9 +342,9 @@ def _check_share(name: str, value: Any, *, below_one: bool = False) -> float:
     return float(value)
 
 
-def _check_count(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name}={value!r}: expected a whole number that is at least {least}")
+def _check_seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UsageError(f"mask_seed={value!r}: expected a whole number that is at least 0")
     return value
 
 
