@@ -510,7 +510,7 @@ def through_file(value: Any) -> Any:
     return torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("stop", [1, 5, 8])  # in the middle between refreshes, and before one
+@pytest.mark.parametrize("stop", [5, 8])  # between refreshes, and right before one
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_resumed_run_is_the_same(case: dict[str, Any], stop: int, dtype: torch.dtype) -> None:
