@@ -46,7 +46,15 @@ class TrainerWindow(Window):
         with_running_statistics: Sequence[_NormBase],
     ) -> None:
         args = trainer.args
-        super().__init__(micro_batches, args.device, rank=args.process_index, world_size=args.world_size)
+        state = trainer.state
+        super().__init__(
+            micro_batches,
+            args.device,
+            rank=args.process_index,
+            world_size=args.world_size,
+            progress=state.global_step / max(state.max_steps, 1),
+            epoch=float(state.epoch or 0.0),
+        )
         self.trainer = trainer
         self.num_items = num_items
         self._with_running_statistics = with_running_statistics
@@ -73,7 +81,9 @@ class TrainerWindow(Window):
             _differentiable_backward(trainer.accelerator) if create_graph else nullcontext(),
         ):
             # A copy, since a loss function may take labels out of its inputs and another pass needs them again.
-            return trainer.training_step(self._model, copy.copy(batch), self.num_items)
+            run_rows = cast("SharpnessAwareMixin", trainer).run_rows
+            assert run_rows is not None
+            return run_rows(self._model, copy.copy(batch), self.num_items)
 
     def row_losses(self, batch: Any, *, sync: bool | None = None) -> RowLosses:
         """See :class:`~hf_lightsam.passes.Window`; a method ``row_losses`` of the trainer's own makes the losses."""
@@ -143,7 +153,7 @@ class TrainerWindow(Window):
 @contextmanager
 def _differentiable_backward(accelerator: Accelerator) -> Iterator[None]:
     """Let ``training_step``, which calls ``backward`` without options, make gradients with a graph."""
-    accelerator.backward = partial(accelerator.backward, create_graph=True)  # type: ignore[method-assign]
+    accelerator.backward = partial(accelerator.backward, create_graph=True)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from random import Random
 from typing import Any
 
 import torch
@@ -34,11 +35,11 @@ class ValidationRows:
             number: Of the draw; the same number gives the same rows.
             count: How many.
         """
-        generator = Generator().manual_seed((self.seed << 32) + number)
+        chooser = Random(f"{self.seed} {number}")  # torch's generators on CPUs heed 32 bits of a seed only
         drawn: list[int] = []
         while len(drawn) < count:
-            drawn.extend(torch.randperm(len(self.dataset), generator=generator).tolist())
-        return drawn[:count]
+            drawn.extend(chooser.sample(range(len(self.dataset)), min(count - len(drawn), len(self.dataset))))
+        return drawn
 
     def draw(
         self,
