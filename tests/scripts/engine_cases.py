@@ -1,0 +1,115 @@
+"""Launched by torchrun or ``accelerate launch``: train each case of a JSON file under the engine that was launched.
+
+Like ``train_cases.py``, but on the device that ``HF_LIGHTSAM_TEST_DEVICE`` names and also under FSDP2: the weights that
+are written are whole ones, and all ranks' are compared bit for bit after every step. A case's ``environment`` sets what
+Accelerate reads anew for each Trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from conftest import make_args
+from tasks import make_task
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from hf_lightsam import LightSAMTrainer, UsageError
+
+IS_ON_CPU = os.environ["HF_LIGHTSAM_TEST_DEVICE"] == "cpu"
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Accelerate 1.15 turns FSDP on where it finds an accelerator only; what it then does works with gloo as well."""
+    original = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    AcceleratorState.__init__ = init
+
+
+def whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+
+
+class Watch(TrainerCallback):
+    """Compares the ranks' weights after every step; under FSDP2 those that they gather."""
+
+    def __init__(self) -> None:
+        self.agree = True
+        self.sharded = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        assert model is not None
+        self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        flat = torch.cat([whole(p).flatten() for p in model.parameters()]).to(args.device)
+        self.agree &= bool(flat.isfinite().all())
+        if torch.distributed.is_initialized():
+            everywhere = [torch.empty_like(flat) for _ in range(args.world_size)]
+            torch.distributed.all_gather(everywhere, flat)
+            self.agree &= all(torch.equal(flat, other) for other in everywhere)
+
+
+def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    os.environ.update(case.get("environment", {}))
+    model, rows = make_task(case["task"], case.get("num_rows", 32))
+    options = {
+        "train_sampling_strategy": "sequential",
+        "adam_epsilon": 1e-5,  # AdaGrad and Adam scale gradients that are 0 up to rounding up to full size
+        "use_cpu": IS_ON_CPU,
+        **case["options"],
+    }
+    watch = Watch()
+    try:
+        args = make_args(folder / case.get("output", case["name"]), **options)
+        trainer = LightSAMTrainer(model, args, train_dataset=rows, callbacks=[watch])
+        trainer.train(resume_from_checkpoint=case.get("resume"))
+    except UsageError as error:
+        return {"error": str(error)}
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    scaler = trainer.accelerator.scaler
+    return {
+        "weights": {name: whole(tensor) for name, tensor in unwrapped.state_dict().items()},
+        "ranks_agree": watch.agree,
+        "sharded": watch.sharded,
+        "engine": str(trainer.accelerator.distributed_type),
+        "device": trainer.args.device.type,
+        "world_size": trainer.args.world_size,
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "logs": [entry for entry in trainer.state.log_history if "sharpness" in entry],
+        "steps": trainer.state.global_step,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if IS_ON_CPU:
+        allow_fsdp_on_cpu()
+    folder = Path(sys.argv[1])
+    results = {case["name"]: run(folder, case) for case in json.loads((folder / "cases.json").read_text())}
+    is_distributed = torch.distributed.is_initialized()
+    if not is_distributed or torch.distributed.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+    if is_distributed:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # threads of gloo's that are still there now and then abort an interpreter that shuts down
