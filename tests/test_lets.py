@@ -20,6 +20,8 @@ from conftest import assert_same_weights, make_args, make_bert, make_rows, train
 from reference import PROBLEMS, Problem
 from reference_lets import LETS, SGD, AdamW
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 
 from hf_lightsam import RECIPES, LightSAMTrainer, UsageError, register_method
@@ -369,8 +371,58 @@ def test_local_ascents_keep_the_ranks_together(large: dict[str, Any], two_ranks:
         assert result["rho"] != pytest.approx(large[name]["rho"], rel=1e-4)
 
 
+SHARDED = {"sam sgd": (LETSSAM, "sgd", 0.1), "asam adamw": (LETSASAM, "adamw", 0.01)}
+
+
+def run_small_model(accelerator: Accelerator, name: str, *, is_sharded: bool, mode: str = "diagonal") -> dict[str, Any]:
+    """Take steps with a model whose rows two ranks share unevenly, and of whose last layer one rank has none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 1))
+    if is_sharded:
+        for layer in model:
+            fully_shard(layer) if isinstance(layer, nn.Linear) else None
+        fully_shard(model)
+    cls, descent, lr = SHARDED[name]
+    optimizer = cls(model.named_parameters(), descent, 0.1, lr=lr, rho_lr=0.1, hypergradient=mode)
+
+    def rows(seed: int) -> tuple[Tensor]:
+        inputs = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))
+        return (inputs.chunk(accelerator.num_processes)[accelerator.process_index],)
+
+    def compute_loss(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        return (model(*batch).squeeze(-1) - batch[0].prod(dim=1)).square().mean()
+
+    loop = SharpnessAwareLoop(
+        accelerator, model, optimizer, compute_loss, validation_batches=lambda number: [rows(100 + number)]
+    )
+    for step in range(10):
+        loop.step([rows(step)])
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return {"weights": torch.cat([p.detach().flatten() for p in whole]), "rho": optimizer.radius}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_change_nothing(accelerator: Accelerator, two_ranks: dict[str, Any], name: str) -> None:
+    results = two_ranks[f"{name} sharded"]
+    assert results[0]["rho"] == results[1]["rho"]
+    assert torch.equal(results[0]["weights"], results[1]["weights"])
+    assert_close(results[0], run_small_model(accelerator, name, is_sharded=False))
+
+
+def test_exact_is_refused_on_shards(two_ranks: dict[str, Any]) -> None:
+    assert "FSDP's gradients cannot be differentiated" in two_ranks["refused"]
+
+
 def run_ranks(folder: Path) -> None:
-    results = {}
+    results: dict[str, Any] = {}
+    accelerator = Accelerator(cpu=True)
+    for name in SHARDED:
+        everyones: list[Any] = [None, None]
+        torch.distributed.all_gather_object(everyones, run_small_model(accelerator, name, is_sharded=True))
+        results[f"{name} sharded"] = everyones
+    with pytest.raises(UsageError) as error:
+        run_small_model(accelerator, "sam sgd", is_sharded=True, mode="exact")
+    results["refused"] = str(error.value)
     for name in CASES:
         for batch, accumulation in ((4, 1), (2, 2)):
             shape = f"{name} {batch}x{accumulation}"
