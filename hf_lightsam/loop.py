@@ -120,18 +120,22 @@ class SharpnessAwareLoop:
         self.plan.check_ranks(accelerator.num_processes)
         self._with_running_statistics = modules_with_running_statistics(model)
 
-    def step(self, micro_batches: Sequence[Any]) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[Any], *, progress: float | None = None, epoch: float | None = None
+    ) -> StepResult:
         """Take one optimizer step, and clear the gradients.
 
         Args:
             micro_batches: At least one; on the device. Each is run forward and backward as often as the method says.
+            progress: Share of the training that is done, from 0 to 1; ``SSAM(mask="dynamic")`` needs it.
+            epoch: Epochs done, with their fraction; ``SSAM(update_epochs=...)`` needs it.
 
         Returns:
             What was measured.
         """
         if not micro_batches:
             raise UsageError("micro_batches=[]: expected at least one")
-        window = _LoopWindow(self, micro_batches)
+        window = _LoopWindow(self, micro_batches, progress, epoch)
         result = self.plan.run(window)
         grad_norm = None
         if self.max_grad_norm is not None:
@@ -152,10 +156,21 @@ class SharpnessAwareLoop:
 class _LoopWindow(Window):
     """The micro-batches of a step of the loop."""
 
-    def __init__(self, loop: SharpnessAwareLoop, micro_batches: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        loop: SharpnessAwareLoop,
+        micro_batches: Sequence[Any],
+        progress: float | None = None,
+        epoch: float | None = None,
+    ) -> None:
         accelerator = loop.accelerator
         super().__init__(
-            micro_batches, accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes
+            micro_batches,
+            accelerator.device,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            progress=progress,
+            epoch=epoch,
         )
         self.loop = loop
 

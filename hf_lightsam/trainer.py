@@ -3,9 +3,10 @@
 How it hooks in, as read from transformers 5.23 and 5.24. ``Trainer._run_epoch`` fetches the micro-batches of an
 optimizer step with ``get_batch_samples`` (public, overridden here to keep the window), fires ``on_step_begin`` (where
 an internal callback lets the plan run the window, outside of the Trainer's own ``no_sync``: each run of rows is a call
-of ``training_step``), and calls ``training_step`` for each micro-batch (public, overridden here: the gradient is there
-by then, and the loss at the unperturbed weights is handed over). Clipping, the optimizer step, schedulers, logging,
-evaluation and saving are the Trainer's own, and while it does them the weights are always the unperturbed ones.
+of ``training_step``, a user's own too), and calls ``training_step`` for each micro-batch: by then the gradient is
+there, and while training goes on the trainer has another ``training_step`` for its own loop, which hands the loss at
+the unperturbed weights over. Clipping, the optimizer step, schedulers, logging, evaluation and saving are the
+Trainer's own, and while it does them the weights are always the unperturbed ones.
 
 Private to transformers, and used nowhere else but in ``trainer_window.py``: ``_save_rng_state`` (called on every rank
 while a checkpoint is written), ``_tr_loss``, ``_globalstep_last_logged`` and ``_total_loss_scalar`` (the loss not
@@ -15,7 +16,7 @@ logged yet, which a checkpoint of the Trainer's own leaves out), ``_get_num_item
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -99,10 +100,10 @@ class SharpnessAwareMixin(_Base):
     def __init__(self, *args: Any, validation_dataset: Any = None, **kwargs: Any) -> None:
         self._plan: GradientPlan | None = None
         self._window: TrainerWindow | None = None
-        self._is_running_plan = False
         self._losses: list[Tensor] = []
         self._loss_scaling_is_known = False
         self._resumed_from: str | None = None
+        self.run_rows: Callable[..., Tensor] | None = None
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
         if given is not None and given.should_save and is_registered(given.optim):
             check_output_dir(given.output_dir or ".")
@@ -272,6 +273,8 @@ class SharpnessAwareMixin(_Base):
             self._with_running_statistics = modules_with_running_statistics(self._module())
             if self._resumed_from is not None:
                 self._load_rank_state(self._resumed_from)
+            self.run_rows = self.run_rows or self.training_step
+            self.training_step = self._hand_over_loss  # type: ignore[method-assign]  # until train() returns
 
     def _refuse_uneven_ranks(self, train_dataloader: Any) -> None:
         """Refuse ranks with different numbers of batches: the one with more would wait for the others for ever."""
@@ -302,6 +305,9 @@ class SharpnessAwareMixin(_Base):
             if self._plan is not None:
                 self._plan.optimizer.restore()
             self._plan, self._window, self._losses, self._resumed_from = None, None, [], None
+            if self.run_rows is not None:
+                self.training_step = self.run_rows  # type: ignore[method-assign]
+                self.run_rows = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -327,38 +333,26 @@ class SharpnessAwareMixin(_Base):
         plan, window = self._plan, self._window
         if plan is None or window is None:
             return
-        self._is_running_plan = True
-        try:
-            result = plan.run(window, measure=self._is_measured_step())
-        finally:
-            self._is_running_plan = False
+        result = plan.run(window, measure=self._is_measured_step())
         self._losses = result.losses
         self._statistics.add_all(result.measures)
 
     def _end_step(self) -> None:
         """Let the plan do what comes after the optimizer's step."""
         plan, window = self._plan, self._window
-        if plan is None or window is None or self.accelerator.optimizer_step_was_skipped:
-            return
-        self._is_running_plan = True
-        try:
+        if plan is not None and window is not None and not self.accelerator.optimizer_step_was_skipped:
             self._statistics.add_all(plan.after_step(window))
-        finally:
-            self._is_running_plan = False
 
     def _is_measured_step(self) -> bool:
         every = min(MEASURE_EVERY, max(1, int(self.state.logging_steps or MEASURE_EVERY)))
         return (self.state.global_step + 1) % every == 0
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Run rows forward and backward, as the Trainer's method, when a plan asks for it.
+    def _hand_over_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Answer the Trainer's own loop in the place of ``training_step``: the plan has run these rows already.
 
         Returns:
-            When the Trainer's own loop asks, the gradient is there already: the micro-batch's loss at the unperturbed
-            weights, so that what the Trainer logs is the clean loss.
+            The micro-batch's loss at the unperturbed weights, so that what the Trainer logs is the clean loss.
         """
-        if self._plan is None or self._is_running_plan:
-            return super().training_step(model, inputs, *args, **kwargs)
         return self._losses.pop(0)
 
     # ---- The logs -----------------------------------------------------------------------------------------------

@@ -26,6 +26,15 @@ _FIELDS = (
     "width",
     "roles",
     "num_micro_batches",
+    "sparsity",
+    "n_of_m",
+    "num_samples",
+    "update_steps",
+    "update_epochs",
+    "drop_rate",
+    "drop",
+    "grow",
+    "mask_seed",
 )
 """Typed fields that are options of recipes, under the same names."""
 
@@ -63,6 +72,16 @@ class LightSAMTrainingArguments(TrainingArguments):
 
         num_micro_batches: ``msam`` only. Shards of a step's rows, over all ranks together, each of which perturbs along
             its own gradient: a multiple of the number of ranks. Default: 2.
+        sparsity: ``ssam_*`` only. Share of the weights that is not perturbed, in [0, 1). Default: 0.5.
+        n_of_m: ``ssam_fisher`` only. ``"2:4"`` perturbs 2 of each 4 consecutive weights, instead of ``sparsity``.
+        num_samples: ``ssam_fisher`` only. Rows whose gradients renew the mask. Default: 16.
+        update_steps: ``ssam_*`` only. Renew the mask every so many steps. Default: 100.
+        update_epochs: ``ssam_*`` only. Renew the mask every so many epochs instead.
+        drop_rate: ``ssam_dynamic`` only. Share of the selection exchanged at a refresh, at the start of the training,
+            in [0, 1]. Default: 0.5.
+        drop: ``ssam_dynamic`` only. What keeps a weight selected: its ``"gradient"`` (default) or the ``"weight"``.
+        grow: ``ssam_dynamic`` only. What selects another: ``"random"`` (default), ``"gradient"`` or ``"weight"``.
+        mask_seed: ``ssam_dynamic`` only. Seed of the random choices. Default: 0.
 
     > Passes
 
@@ -136,6 +155,36 @@ class LightSAMTrainingArguments(TrainingArguments):
     num_micro_batches: int | None = field(
         default=None,
         metadata={"help": "msam only. Shards of a step's rows, each with a perturbation of its own. Default: 2."},
+    )
+    sparsity: float | None = field(
+        default=None,
+        metadata={"help": "ssam_* only. Share of the weights that is not perturbed, in [0, 1). Default: 0.5."},
+    )
+    n_of_m: str | None = field(
+        default=None,
+        metadata={"help": "ssam_fisher only. Perturb n of each m consecutive weights, like 2:4, instead of sparsity."},
+    )
+    num_samples: int | None = field(
+        default=None, metadata={"help": "ssam_fisher only. Rows whose gradients renew the mask. Default: 16."}
+    )
+    update_steps: int | None = field(
+        default=None, metadata={"help": "ssam_* only. Renew the mask every so many steps. Default: 100."}
+    )
+    update_epochs: int | None = field(
+        default=None, metadata={"help": "ssam_* only. Renew the mask every so many epochs instead."}
+    )
+    drop_rate: float | None = field(
+        default=None,
+        metadata={"help": "ssam_dynamic only. Share of the selection exchanged at a first refresh. Default: 0.5."},
+    )
+    drop: str | None = field(
+        default=None, metadata={"help": "ssam_dynamic only. What keeps a weight selected: gradient (default), weight."}
+    )
+    grow: str | None = field(
+        default=None, metadata={"help": "ssam_dynamic only. What selects another: random (default), gradient, weight."}
+    )
+    mask_seed: int | None = field(
+        default=None, metadata={"help": "ssam_dynamic only. Seed of the random choices. Default: 0."}
     )
     replay_rng: bool = field(
         default=True,

@@ -89,8 +89,9 @@ def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module, **toler
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    """Each of pytest's workers has a core; threads that wait for one another on a busy one are many times as slow."""
+    torch.set_num_threads(1)
 
 
 # ---- For whole commands: a model's folder and invented rows in GLUE's layout -----------------------------------------

@@ -109,7 +109,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "kwargs beta1 of sam": (kwargs("sam", beta1=-0.5), ["betas=(-0.5, 0.999)", "-0.5 is not in [0, 1)"]),
     "kwargs momentum": (
         kwargs("sam", momentum=0.9),
-        ["momentum=0.9", "descent='adamw'", "descent='sgd' and 'rmsprop' have it"],
+        ["momentum=0.9", "descent='adamw'", "'sgd' and 'rmsprop' have it"],
     ),
     "kwargs negative momentum": (kwargs("sam", descent="sgd", momentum=-1.0), ["momentum=-1.0", NON_NEGATIVE]),
     "kwargs descent": (kwargs("sam", descent="lion"), ["descent='lion'", "expected one of"]),

@@ -778,18 +778,23 @@ def test_an_own_training_step_below_and_above_the_mixin(tmp_path: Path) -> None:
     assert_same_weights(trainer.model, train(tmp_path).model)
 
 
-def test_an_own_training_step_that_skips_the_mixins_fails(tmp_path: Path) -> None:
-    """It would otherwise step along the sum of both passes' gradients."""
+def test_an_own_training_step_from_the_ground_up(tmp_path: Path) -> None:
+    """Both passes run it, and nobody else."""
+    seen: list[bool] = []
 
     class Own(LightSAMTrainer):
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append(self._sharpness_aware_optimizer().is_perturbed)
             model.train()
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
             self.accelerator.backward(loss)
             return loss.detach()
 
-    with pytest.raises(RuntimeError, match="without a perturbation"):
-        Own(make_bert(), make_args(tmp_path), train_dataset=make_rows()).train()
+    trainer = Own(make_bert(), make_args(tmp_path), train_dataset=make_rows())
+    trainer.train()
+    assert seen == 4 * [False, True]
+    assert_same_weights(trainer.model, train(tmp_path).model)
+    assert trainer.training_step.__func__ is Own.training_step, "it is back when train() returns"
 
 
 def test_a_seq2seq_trainer(tmp_path: Path) -> None:

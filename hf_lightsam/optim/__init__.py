@@ -8,12 +8,14 @@ from .msam import MSAM
 from .mup2 import SPLPSAM, LayerwiseSAM, MuP2SAM
 from .sam import SAM
 from .sharpness_aware import SharpnessAwareOptimizer
+from .ssam import SSAM
 
 __all__ = [
     "ASAM",
     "MSAM",
     "SAM",
     "SPLPSAM",
+    "SSAM",
     "AdaSAM",
     "LayerwiseSAM",
     "LightSAM",

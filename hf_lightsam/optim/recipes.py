@@ -19,6 +19,7 @@ from .mup2 import SPLPSAM, MuP2SAM
 from .roles import ROLES, parse_roles
 from .sam import DESCENTS, SAM
 from .sharpness_aware import RHO_SCALES, SharpnessAwareOptimizer
+from .ssam import DROPS, GROWTHS, SSAM
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ _COUNT = Option(int, "a whole number")
 _FLAG = Option(_boolean, "true or false")
 _RADIUS = {"rho": _NUMBER, "foreach": _FLAG, "fused": _FLAG}
 _ADAPTIVE = {**_RADIUS, "rho_scale": _choice(RHO_SCALES), "eps": _NUMBER}
+_REFRESH = {"update_steps": _COUNT, "update_epochs": _COUNT}
 _ROLES = Option(parse_roles, f"pattern:role pairs parted by ';', each role one of {', '.join(ROLES)}")
 _LAYERWISE = {"base_width": _COUNT, "width": _COUNT, "roles": _ROLES}
 _MOMENTS = {"beta1": _NUMBER, "beta2": _NUMBER}
@@ -163,7 +165,8 @@ def _prepare_sam(options: dict[str, Any], own: tuple[str, ...] = ()) -> dict[str
     taken = _DESCENT_OPTIONS.get(descent, ())
     if "momentum" in options and "momentum" not in taken:
         raise UsageError(
-            f"momentum={options['momentum']!r}: not an option of descent={descent!r}; descent='sgd' and 'rmsprop' have it"
+            f"momentum={options['momentum']!r}: not an option of descent={descent!r}; "
+            "descent='sgd' and 'rmsprop' have it"
         )
     shared = ("descent", "rho", "foreach", "fused", *own)
     return {name: value for name, value in options.items() if name in shared or name in taken}
@@ -282,6 +285,31 @@ RECIPES: dict[str, Recipe] = {
             _LAYERWISE,
             paper="arXiv 2411.00075",
             copies="1 + the descent's",
+        ),
+        _over_a_descent(
+            "ssam_fisher",
+            SSAM,
+            "SSAM-F: SAM that perturbs the weights of largest Fisher information only",
+            {"sparsity": _NUMBER, "n_of_m": Option(str, "n:m, like 2:4"), "num_samples": _COUNT, **_REFRESH},
+            fixed={"mask": "fisher"},
+            paper="arXiv 2210.05177",
+            copies="1.25 + the descent's",
+        ),
+        _over_a_descent(
+            "ssam_dynamic",
+            SSAM,
+            "SSAM-D: SAM that perturbs a selection of the weights, a part of it exchanged at each refresh",
+            {
+                "sparsity": _NUMBER,
+                "drop_rate": _NUMBER,
+                "drop": _choice(DROPS),
+                "grow": _choice(GROWTHS),
+                "mask_seed": _COUNT,
+                **_REFRESH,
+            },
+            fixed={"mask": "dynamic"},
+            paper="arXiv 2210.05177",
+            copies="1.25 + the descent's",
         ),
         _over_a_descent(
             "msam",

@@ -197,7 +197,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             RuntimeError: If the weights are perturbed already, by this optimizer or another one.
         """
         self._refuse_while_perturbed("perturb")
-        if self.plan_class is not TwoPass and not self._has_plan:
+        if not issubclass(self.plan_class, TwoPass) and not self._has_plan:
             raise RuntimeError(
                 f"perturb() was called by hand, and {type(self).__name__} takes other gradients than two of the whole "
                 "batch: use hf_lightsam.LightSAMTrainer, or hf_lightsam.loop.SharpnessAwareLoop in a loop of your own"

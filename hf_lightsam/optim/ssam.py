@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..passes.plan import GradientPlan
+from ..passes.sparse_mask import SparseMask
 from .masks import Mask, cosine_drop_share, drop_and_grow, n_of_m_mask, num_perturbed, random_scores, top_k_mask
 from .rules import Rule
 from .rules.base import Group
@@ -90,6 +92,7 @@ class SSAM(SAM):
     """
 
     rule: ClassVar[type[Rule]] = MaskedGradient
+    plan_class: ClassVar[type[GradientPlan]] = SparseMask
     ascent: MaskedGradient
     _copied = (
         *SAM._copied,

@@ -6,6 +6,7 @@ from .plan import GradientPlan, WindowResult
 from .rng import RngState
 from .running_statistics import frozen_running_statistics, modules_with_running_statistics
 from .shares import count_items
+from .sparse_mask import SparseMask
 from .two_pass import TwoPass
 from .window import Window
 
@@ -13,6 +14,7 @@ __all__ = [
     "GradientPlan",
     "MicroBatch",
     "RngState",
+    "SparseMask",
     "TwoPass",
     "Window",
     "WindowResult",

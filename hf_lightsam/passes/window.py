@@ -26,15 +26,26 @@ class Window(ABC):
         device: Where the model computes.
         rank: Of this process.
         world_size: Number of processes.
+        progress: Share of the training that is done, from 0 to 1; None where the loop does not say.
+        epoch: Epochs done, with their fraction; likewise.
     """
 
     def __init__(
-        self, micro_batches: Sequence[Any], device: torch.device, *, rank: int = 0, world_size: int = 1
+        self,
+        micro_batches: Sequence[Any],
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: float | None = None,
+        epoch: float | None = None,
     ) -> None:
         self.micro_batches = list(micro_batches)
         self.device = device
         self.rank = rank
         self.world_size = world_size
+        self.progress = progress
+        self.epoch = epoch
 
     def with_rows(self, micro_batches: Sequence[Any], total: Tensor) -> Self:
         """Return a window of other rows: of another step, or of another rank.

@@ -12,6 +12,7 @@ from .adaptive_gradient import AdaptiveGradient
 from .amsgrad import AMSGrad
 from .base import Rule
 from .layerwise_gradient import LayerwiseGradient
+from .masked_gradient import MaskedGradient
 from .monge_gradient import MongeGradient
 from .normalized_gradient import NormalizedGradient
 
@@ -22,6 +23,7 @@ __all__ = [
     "Adam",
     "AdaptiveGradient",
     "LayerwiseGradient",
+    "MaskedGradient",
     "MongeGradient",
     "NormalizedGradient",
     "Rule",
