@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
 from .passes import Window, frozen_running_statistics, modules_with_running_statistics, unscale
+from .passes.no_sync import no_sync
 from .passes.row_losses import FromOutputs, RowLosses, recorded_row_losses
 from .validation_rows import BatchesByNumber
 
@@ -178,7 +179,7 @@ class _LoopWindow(Window):
         loop = self.loop
         share = 1.0 / self.mean_of(self.count(batch))
         modules = loop._with_running_statistics if again else ()
-        with nullcontext() if sync else loop.accelerator.no_sync(loop.model), frozen_running_statistics(modules):
+        with nullcontext() if sync else no_sync(loop.accelerator, loop.model), frozen_running_statistics(modules):
             loss = loop.compute_loss(loop.model, batch)
             loss = loss * share.to(torch.promote_types(loss.dtype, torch.float32))
             loop.accelerator.backward(loss, create_graph=create_graph)

@@ -22,6 +22,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
 from .passes import RngState, Window, count_items, frozen_running_statistics, unscale
+from .passes.no_sync import no_sync
 from .passes.row_losses import RowLosses, recorded_row_losses
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class TrainerWindow(Window):
             # The Trainer's own number gives a short micro-batch as much weight as a full one.
             trainer.current_gradient_accumulation_steps = cast(int, self._divisor(batch))
         with (
-            nullcontext() if sync else trainer.accelerator.no_sync(self._model),
+            nullcontext() if sync else no_sync(trainer.accelerator, self._model),
             frozen_running_statistics(self._with_running_statistics if again else ()),
             _differentiable_backward(trainer.accelerator) if create_graph else nullcontext(),
         ):
