@@ -538,6 +538,30 @@ def test_what_cannot_be_differentiated_twice_is_refused(tmp_path: Path) -> None:
         train(tmp_path, model, optim="lets_sam", optim_args="hypergradient=exact", max_steps=1)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_to_bfloat16(tmp_path: Path, mode: str) -> None:
+    hypergradients = []
+    for bf16 in (False, True):
+        options = {"optim_args": f"descent=sgd,hypergradient={mode}", "max_steps": 1, "bf16": bf16}
+        trainer = train(tmp_path, make_bert(dropout=0.0), optim="lets_sam", learning_rate=0.1, **options)
+        hypergradients.append(trainer.state.log_history[0]["hypergradient"])
+    assert hypergradients[1] == pytest.approx(hypergradients[0], rel=0.1)
+    assert hypergradients[1] != hypergradients[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lora(tmp_path: Path, mode: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_bert(), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
+    before = copy.deepcopy(model.state_dict())
+    options = {"optim": "lets_asam", "optim_args": f"hypergradient={mode},rho_lr=0.1", "max_steps": 3}
+    trainer = train(tmp_path, model, **options)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name for name in changed if "lora" not in name} <= {name for name in before if "classifier" in name}
+    assert any("lora_B" in name for name in changed)
+    assert abs(trainer._sharpness_aware_optimizer().radius / 0.5 - 1) > 0.05
+
+
 # ---- Validation rows ------------------------------------------------------------------------------------------------
 
 
