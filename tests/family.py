@@ -1,0 +1,42 @@
+"""The methods of the family as the tests run them: their options, and what a step of them costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One value of the ``optim`` flag.
+
+    Attributes:
+        options: Of the training arguments.
+        gradients: Gradients of the whole window that a step takes, counted in rows: a row run backward counts once.
+        forwards: Runs of the whole window forward alone.
+        evaluations: How the table of the methods says it.
+        shared_rows: Training rows for the comparison of ranks, where the usual number would be cut into other shards.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    gradients: float = 2.0
+    forwards: float = 0.0
+    evaluations: str = "2"
+    shared_rows: int | None = None
+
+
+FAMILY: dict[str, Method] = {
+    "lightsam_adam": Method(),
+    "lightsam_adagrad": Method(),
+    "lightsam_adagrad_norm": Method(),
+    "lightsam": Method({"ascent": "adagrad", "descent": "adam"}),
+    "sam": Method(),
+    "asam": Method({"rho": 0.5}),
+    "adasam": Method(),
+    "monge_sam": Method(),
+    "mup2": Method({"base_width": 8}),
+    "sp_lp": Method({"base_width": 8}),
+    "ssam_fisher": Method({"num_samples": 4, "update_steps": 3}, evaluations="2 (+ single rows at a refresh)"),
+    "ssam_dynamic": Method({"update_steps": 2}, evaluations="2 (+ single rows at a refresh)"),
+    "msam": Method({"num_micro_batches": 2}, shared_rows=24),
+}
