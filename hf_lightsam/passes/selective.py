@@ -65,7 +65,8 @@ class Selective(GradientPlan):
        wait for all gradients; the losses of the rows are read off the same forward.
     2. The losses of all rows at the perturbed weights, without gradients, with the random numbers of 1.
     3. The gradient of the mean over the items of the chosen rows of all ranks: micro-batches with chosen rows run
-       those alone, without the columns that they do not need. Where a rank has none, gradients are averaged by hand.
+       those alone, without the columns that they do not need. Where a rank has none, gradients are averaged by hand,
+       and it runs a row for nothing.
 
     Dropout masks in 3 start from the random numbers of 1 too, but those of fewer rows are others, row by row.
 
@@ -309,8 +310,13 @@ class Selective(GradientPlan):
         items = sum((window.count(batch).to(total) for batch in batches), total)
         # This rank's share of the window's items; the gradient is of so much of a mean.
         share = window.gather(items * window.world_size / window.total).mean()
-        self.second_pass(window, batches, flat, sync=not choice.a_rank_has_none)
         parameters = self._trainable()
+        if batches:
+            self.second_pass(window, batches, flat, sync=not choice.a_rank_has_none)
+        else:  # DDP's forward talks to the other ranks now and then, so this one needs one too
+            one_row = _rows_alone(window.micro_batches[0], [0], choice.lengths[0])
+            self.second_pass(window, [one_row], states[0], sync=False)
+            torch._foreach_zero_([p.grad for p in parameters if p.grad is not None])
         if choice.a_rank_has_none:
             has = torch.tensor([p.grad is not None for p in parameters], device=window.device)
             anywhere = window.gather(has.int()).amax(dim=0).bool().tolist()
