@@ -35,6 +35,12 @@ _FIELDS = (
     "drop",
     "grow",
     "mask_seed",
+    "beta",
+    "gamma",
+    "interpolation",
+    "rho_lr",
+    "rho_update_steps",
+    "hypergradient",
 )
 """Typed fields that are options of recipes, under the same names."""
 
@@ -82,6 +88,14 @@ class LightSAMTrainingArguments(TrainingArguments):
         drop: ``ssam_dynamic`` only. What keeps a weight selected: its ``"gradient"`` (default) or the ``"weight"``.
         grow: ``ssam_dynamic`` only. What selects another: ``"random"`` (default), ``"gradient"`` or ``"weight"``.
         mask_seed: ``ssam_dynamic`` only. Seed of the random choices. Default: 0.
+        beta: ``esam`` only. Share of the weight tensors that a step perturbs, in (0, 1]. Default: 0.6.
+        gamma: ``esam`` only. Share of the rows that a step descends on, in (0, 1]. Default: 0.5.
+        interpolation: ``sampa`` only. The paper's lambda: share of the gradient at the look-ahead, from 0 to 1.
+            Default: 0.2.
+        rho_lr: ``lets_*`` only. Learning rate of the radius (of its logarithm, by Adam). Default: 0.01.
+        rho_update_steps: ``lets_*`` only. Learn every so many steps: learning takes two more gradients. Default: 1.
+        hypergradient: ``lets_*`` only. ``"diagonal"`` (the paper's approximation, the default) or ``"exact"`` (a
+            Hessian-vector product).
 
     > Passes
 
@@ -185,6 +199,24 @@ class LightSAMTrainingArguments(TrainingArguments):
     )
     mask_seed: int | None = field(
         default=None, metadata={"help": "ssam_dynamic only. Seed of the random choices. Default: 0."}
+    )
+    beta: float | None = field(
+        default=None, metadata={"help": "esam only. Share of the weight tensors that a step perturbs. Default: 0.6."}
+    )
+    gamma: float | None = field(
+        default=None, metadata={"help": "esam only. Share of the rows that a step descends on. Default: 0.5."}
+    )
+    interpolation: float | None = field(
+        default=None, metadata={"help": "sampa only. Share of the gradient at the look-ahead, 0 to 1. Default: 0.2."}
+    )
+    rho_lr: float | None = field(
+        default=None, metadata={"help": "lets_* only. Learning rate of the radius's logarithm. Default: 0.01."}
+    )
+    rho_update_steps: int | None = field(
+        default=None, metadata={"help": "lets_* only. Learn the radius every so many steps. Default: 1."}
+    )
+    hypergradient: str | None = field(
+        default=None, metadata={"help": "lets_* only. diagonal (default) or exact (a Hessian-vector product)."}
     )
     replay_rng: bool = field(
         default=True,

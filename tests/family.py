@@ -38,5 +38,9 @@ FAMILY: dict[str, Method] = {
     "sp_lp": Method({"base_width": 8}),
     "ssam_fisher": Method({"num_samples": 4, "update_steps": 3}, evaluations="2 (+ single rows at a refresh)"),
     "ssam_dynamic": Method({"update_steps": 2}, evaluations="2 (+ single rows at a refresh)"),
+    "esam": Method({"gamma": 0.5, "beta": 0.6}, 1.5, 1.0, evaluations="1 + gamma (+ a forward)"),
+    "sampa": Method(evaluations="2 (1 after another on an even number of processes)"),
+    "lets_sam": Method({"validation_fraction": 0.2}, 4.0, evaluations="2 + 2/rho_update_steps"),
+    "lets_asam": Method({"rho": 0.5, "validation_fraction": 0.2}, 4.0, evaluations="2 + 2/rho_update_steps"),
     "msam": Method({"num_micro_batches": 2}, shared_rows=24),
 }

@@ -2,16 +2,22 @@
 
 from .adasam import AdaSAM
 from .asam import ASAM
+from .esam import ESAM
+from .lets import LETSASAM, LETSSAM
 from .lightsam import LightSAM
 from .monge_sam import MongeSAM
 from .msam import MSAM
 from .mup2 import SPLPSAM, LayerwiseSAM, MuP2SAM
 from .sam import SAM
+from .sampa import SAMPa
 from .sharpness_aware import SharpnessAwareOptimizer
 from .ssam import SSAM
 
 __all__ = [
     "ASAM",
+    "ESAM",
+    "LETSASAM",
+    "LETSSAM",
     "MSAM",
     "SAM",
     "SPLPSAM",
@@ -21,5 +27,6 @@ __all__ = [
     "LightSAM",
     "MongeSAM",
     "MuP2SAM",
+    "SAMPa",
     "SharpnessAwareOptimizer",
 ]

@@ -12,12 +12,15 @@ import torch
 from ..errors import UsageError
 from .adasam import AdaSAM
 from .asam import ASAM
+from .esam import ESAM
+from .lets import HYPERGRADIENTS, LETSASAM, LETSSAM
 from .lightsam import VARIANTS, LightSAM
 from .monge_sam import MongeSAM
 from .msam import MSAM
 from .mup2 import SPLPSAM, MuP2SAM
 from .roles import ROLES, parse_roles
 from .sam import DESCENTS, SAM
+from .sampa import SAMPa
 from .sharpness_aware import RHO_SCALES, SharpnessAwareOptimizer
 from .ssam import DROPS, GROWTHS, SSAM
 
@@ -56,6 +59,7 @@ _COUNT = Option(int, "a whole number")
 _FLAG = Option(_boolean, "true or false")
 _RADIUS = {"rho": _NUMBER, "foreach": _FLAG, "fused": _FLAG}
 _ADAPTIVE = {**_RADIUS, "rho_scale": _choice(RHO_SCALES), "eps": _NUMBER}
+_LEARNED = {"rho_lr": _NUMBER, "rho_update_steps": _COUNT, "hypergradient": _choice(HYPERGRADIENTS)}
 _REFRESH = {"update_steps": _COUNT, "update_epochs": _COUNT}
 _ROLES = Option(parse_roles, f"pattern:role pairs parted by ';', each role one of {', '.join(ROLES)}")
 _LAYERWISE = {"base_width": _COUNT, "width": _COUNT, "roles": _ROLES}
@@ -318,6 +322,38 @@ RECIPES: dict[str, Recipe] = {
             {"num_micro_batches": _COUNT},
             paper="arXiv 2302.09693",
             copies="2 + the descent's",
+        ),
+        _over_a_descent(
+            "esam",
+            ESAM,
+            "ESAM: SAM over a random part of the tensors, descending on the rows that mind the perturbation most",
+            {"beta": _NUMBER, "gamma": _NUMBER, "seed": Option(int, "a whole number")},
+            paper="arXiv 2110.03141",
+            copies="1 + the descent's",
+        ),
+        _over_a_descent(
+            "sampa",
+            SAMPa,
+            "SAMPa: the two gradients do not wait for one another, and are taken on two processes at the same time",
+            {"interpolation": _NUMBER},
+            paper="arXiv 2410.10683",
+            copies="3 + the descent's",
+        ),
+        _over_a_descent(
+            "lets_sam",
+            LETSSAM,
+            "LETS-SAM: SAM whose radius is learned on validation rows",
+            _LEARNED,
+            paper="arXiv 2408.08222",
+            copies="4 + the descent's",
+        ),
+        _over_a_descent(
+            "lets_asam",
+            LETSASAM,
+            "LETS-ASAM: ASAM whose radius is learned on validation rows",
+            {"eta": _NUMBER, **_LEARNED},
+            paper="arXiv 2408.08222",
+            copies="4 + the descent's",
         ),
     )
 }
