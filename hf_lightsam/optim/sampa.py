@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..passes.parallel import Parallel
 from ..passes.plan import GradientPlan
-from ..passes.running_statistics import modules_with_running_statistics
 from .rules import NormalizedGradient
 from .rules.base import Group, by_device
 from .sam import SAM
@@ -100,13 +99,13 @@ class SAMPa(SAM):
         super().__init__(params, descent, rho, **options)
 
     def bind(self, model: nn.Module) -> None:
-        """Note the model's running statistics, which ranks that take different gradients must share."""
-        self._with_running_statistics = modules_with_running_statistics(model)
+        """Note the model for the plan; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
+        self._model = model
 
     def make_plan(self, **options: Any) -> GradientPlan:
         """Return the plan of this optimizer; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
         self._has_plan = True
-        return Parallel(self, self.interpolation, getattr(self, "_with_running_statistics", ()), **options)
+        return Parallel(self, self.interpolation, getattr(self, "_model", None), **options)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the weights; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from accelerate.utils import honor_type, recursively_apply, send_to_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UsageError
 from ..optim.rules.base import check_gradient
 from ..optim.tensors import local
 from .plan import GradientPlan, WindowResult, added
+from .running_statistics import modules_with_running_statistics
 from .window import Window
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Parallel(GradientPlan):
     Args:
         optimizer: Perturbs the weights and moves them ahead.
         interpolation: :math:`\lambda`, from 0 to 1.
-        with_running_statistics: The model's modules that keep some.
+        model: Whose parameters these are, without wrappers; its running statistics and its shards need a hand.
         **options: Of :class:`GradientPlan`.
 
     Raises:
@@ -75,7 +76,7 @@ class Parallel(GradientPlan):
         self,
         optimizer: SAMPa,
         interpolation: float,
-        with_running_statistics: Sequence[_NormBase] = (),
+        model: nn.Module | None = None,
         *,
         replay_rng: bool = True,
         sync_ascent: bool = True,
@@ -87,7 +88,8 @@ class Parallel(GradientPlan):
             )
         super().__init__(optimizer, replay_rng=False, sync_ascent=True)
         self.interpolation = interpolation
-        self._with_running_statistics = with_running_statistics
+        self._with_running_statistics = [] if model is None else modules_with_running_statistics(model)
+        self._sharded = [] if model is None else [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._previous: list[_Rows] = []
         self._previous_loss: Tensor | None = None
 
@@ -152,7 +154,9 @@ class Parallel(GradientPlan):
                 measures["perturbation_lost"] = lost
 
     def _run_all(self, window: Window, rows: Sequence[_Rows], *, sync: bool, again: bool) -> list[list[Tensor]]:
-        """Run the rows of one or two ranks forward and backward; return the losses of each."""
+        """Run the rows of one or two ranks forward and backward, at moved weights; return the losses of each."""
+        for module in self._sharded:  # FSDP2 keeps what an evaluation has gathered, at the weights before the move
+            module.reshard()
         losses = []
         for index, of_rank in enumerate(rows):
             theirs = window.with_rows(of_rank.micro_batches, of_rank.total)

@@ -121,11 +121,19 @@ def run_loop(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    if "HF_LIGHTSAM_TEST_DEVICE" in os.environ:  # launched by ``engines.py``
+        import engine_cases
+
+        return engine_cases.run(folder, case)
     return run_loop(case) if "sizes" in case else train_cases.run(folder, case)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "HF_LIGHTSAM_TEST_DEVICE" in os.environ:
+        import engine_cases
+
+        engine_cases.allow_fsdp_on_cpu()
     folder = Path(sys.argv[1])
     results = {case["name"]: run(folder, case) for case in json.loads((folder / "cases.json").read_text())}
     is_distributed = torch.distributed.is_initialized()
