@@ -34,7 +34,7 @@ from hf_lightsam.optim.sampa import SAMPa, _on_copies_of_the_state
 SCRIPTS = Path(__file__).parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import sampa_cases  # noqa: E402  # registers the method where the package has not
+import sampa_cases  # noqa: E402
 from sampa_cases import STEPS, step_rows  # noqa: E402
 
 STEPPED = 12

@@ -22,16 +22,11 @@ from accelerate.state import AcceleratorState
 from tasks import make_task
 from torch import Tensor, nn
 
-from hf_lightsam import RECIPES, register_method
 from hf_lightsam.loop import SharpnessAwareLoop
-from hf_lightsam.optim.recipes import _NUMBER, _over_a_descent
 from hf_lightsam.optim.sampa import SAMPa
 
 STEPS = 10
 NUM_ROWS = 40
-
-if "sampa" not in RECIPES:
-    register_method(_over_a_descent("sampa", SAMPa, "SAMPa", {"interpolation": _NUMBER}))
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
