@@ -153,6 +153,9 @@ class SharpnessAwareMixin(_Base):
             "DeepSpeed, which takes backward pass and optimizer step over": self.is_deepspeed_enabled,
             "SageMaker model parallelism, which wraps the optimizer": is_sagemaker_mp_enabled(),
             "XLA devices, which have not been tried": is_torch_xla_available(),
+            "DataParallel (one process with several GPUs), whose replicas draw dropout masks of their own": (
+                self.args.n_gpu > 1
+            ),
             "models sharded while loading (distributed_config), which have not been tried": (
                 self.is_distributed_loading_by_transformers
             ),

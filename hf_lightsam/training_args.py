@@ -96,6 +96,8 @@ class LightSAMTrainingArguments(TrainingArguments):
         rho_update_steps: ``lets_*`` only. Learn every so many steps: learning takes two more gradients. Default: 1.
         hypergradient: ``lets_*`` only. ``"diagonal"`` (the paper's approximation, the default) or ``"exact"`` (a
             Hessian-vector product).
+        validation_fraction: ``lets_*`` only. Share of the training rows, between 0 and 1, that is kept apart to learn
+            the radius on, where the trainer is not given a ``validation_dataset``. Default: 0.1.
 
     > Passes
 
@@ -218,6 +220,10 @@ class LightSAMTrainingArguments(TrainingArguments):
     hypergradient: str | None = field(
         default=None, metadata={"help": "lets_* only. diagonal (default) or exact (a Hessian-vector product)."}
     )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={"help": "lets_* only. Share of the training rows kept apart to learn the radius on. Default: 0.1."},
+    )
     replay_rng: bool = field(
         default=True,
         metadata={"help": "Give the descent pass the ascent pass's random numbers: the same dropout masks in both."},
@@ -234,9 +240,14 @@ class LightSAMTrainingArguments(TrainingArguments):
         """Check the method's options after Transformers has checked its own."""
         super().__post_init__()
         if is_registered(self.optim):
-            optimizer_arguments(self)
+            recipe, _ = optimizer_arguments(self)
+            if self.validation_fraction is not None and not recipe.optimizer.plan_class.needs_validation:
+                raise UsageError(
+                    f"validation_fraction={self.validation_fraction!r}: optim={recipe.name!r} learns on no rows kept "
+                    "apart; expected None, or lets_sam or lets_asam"
+                )
         else:
-            given = [name for name in _FIELDS if getattr(self, name) is not None]
+            given = [name for name in (*_FIELDS, "validation_fraction") if getattr(self, name) is not None]
             if given:
                 raise UsageError(
                     f"{given[0]}={getattr(self, given[0])!r}: not an option of "

@@ -24,8 +24,6 @@ from hf_lightsam.passes import count_items
 
 methods = pytest.mark.parametrize("method", FAMILY)
 EXACT = {"adam_epsilon": 1e-4, "train_sampling_strategy": "sequential", "max_steps": 5}
-NUM_ROWS = 20  # windows of 8, 8 and 4 rows
-SHARED_ROWS = 22  # windows of 8, 8 and 6 rows: on two ranks, the last of 4 and 2
 
 
 def options_of(method: str, **more: Any) -> dict[str, Any]:
@@ -53,7 +51,7 @@ def test_the_whole_table_is_here() -> None:
 def test_pieces_make_the_step_of_the_large_batch(tmp_path: Path, method: str, task: str) -> None:
     states = []
     for batch, pieces in ((8, 1), (4, 2)):
-        model, rows = make_task(task, NUM_ROWS)
+        model, rows = make_task(task, FAMILY[method].num_rows)
         shape = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": pieces}
         states.append(weights(train(tmp_path, model, rows=rows, **options_of(method, **EXACT, **shape)).model))
     assert relative_difference(states[0], weights(make_task(task)[0])) > 1e-4, "nothing was trained"
@@ -70,8 +68,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
         for method in FAMILY:
             options = options_of(method, **EXACT, per_device_train_batch_size=8 // size, save_steps=2)
             options |= {"save_strategy": "steps", "accelerator_config": {"even_batches": False}}
-            num_rows = FAMILY[method].shared_rows or SHARED_ROWS
-            case = {"name": method, "task": "classification", "num_rows": num_rows, "options": options}
+            case = {"name": method, "task": "classification", "options": options}
+            case["num_rows"] = FAMILY[method].shared_rows
             cases.append(case)
             if size == 2:
                 checkpoint = folder / "2" / method / "out" / "checkpoint-2"
@@ -235,9 +233,8 @@ def test_an_exception_in_any_run_leaves_everything_as_it_was(tmp_path: Path, met
     while True:
         model = make_bert()
         args = make_args(tmp_path, **options_of(method, max_steps=3))
-        trainer = LightSAMTrainer(model, args, train_dataset=make_rows())
         watch = Watch(model)
-        trainer.add_callback(watch)
+        trainer = LightSAMTrainer(model, args, train_dataset=make_rows(), callbacks=[watch])
         model.register_forward_hook(Fail(trainer, at))
         try:
             trainer.train()
@@ -255,12 +252,12 @@ def test_an_exception_in_any_run_leaves_everything_as_it_was(tmp_path: Path, met
 
 
 def make_loop(
-    method: str, model: nn.Module, groups: list[dict[str, Any]], epsilon: float, num_steps: int
+    method: str, model: nn.Module, groups: list[dict[str, Any]], validation_batches: Any
 ) -> tuple[SharpnessAwareLoop, Any]:
     accelerator = Accelerator(cpu=True)
-    extra = {name: value for name, value in options_of(method).items() if name != "optim"}
+    extra = {name: value for name, value in options_of(method).items() if name in RECIPES[method].options}
     if "eps" in RECIPES[method].options:
-        extra["eps"] = epsilon
+        extra["eps"] = EXACT["adam_epsilon"]
     cls, kwargs = optimizer_cls_and_kwargs(method, lr=1e-3, **extra)
     model, optimizer = accelerator.prepare(model, cls(groups, **kwargs))
     loop = SharpnessAwareLoop(
@@ -270,13 +267,14 @@ def make_loop(
         lambda model, batch: model(**batch).loss,
         count_items=lambda batch: int(count_items(batch)),
         max_grad_norm=1.0,
+        validation_batches=validation_batches,
     )
-    return loop, get_linear_schedule_with_warmup(optimizer, 0, num_steps)
+    return loop, get_linear_schedule_with_warmup(optimizer, 0, EXACT["max_steps"])
 
 
 @methods
 def test_the_loop_takes_the_trainers_steps(tmp_path: Path, method: str) -> None:
-    model, rows = make_task("classification", NUM_ROWS)
+    model, rows = make_task("classification", FAMILY[method].num_rows)
     shape = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = train(tmp_path, copy.deepcopy(model), rows=rows, **options_of(method, **EXACT, **shape))
     decayed = set(trainer.get_decay_parameter_names(model))  # random masks go by the order of the parameters
@@ -284,9 +282,13 @@ def test_the_loop_takes_the_trainers_steps(tmp_path: Path, method: str) -> None:
         {"params": [p for n, p in model.named_parameters() if (n in decayed) == is_decayed], "weight_decay": 0.0}
         for is_decayed in (True, False)
     ]
-    loop, schedule = make_loop(method, model, groups, EXACT["adam_epsilon"], 5)
+    kept_apart = None
+    if RECIPES[method].optimizer.plan_class.needs_validation:
+        kept_apart = {n: trainer.validation_batches(n, 1 if n % 3 == 2 else 2) for n in range(5)}
+    loop, schedule = make_loop(method, model, groups, kept_apart and kept_apart.__getitem__)
     model.train()
-    batches = [default_data_collator(rows[start : start + 4]) for start in range(0, NUM_ROWS, 4)]
+    rows = [trainer.train_dataset[index] for index in range(20)]
+    batches = [default_data_collator(rows[start : start + 4]) for start in range(0, 20, 4)]
     windows = [batches[:2], batches[2:4], batches[4:]]
     for step in range(5):
         loop.step(windows[step % 3], progress=step / 5, epoch=step / 3)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..passes.learned_radius import HYPERGRADIENTS
 from .adasam import AdaSAM
 from .asam import ASAM
 from .esam import ESAM
-from .lets import HYPERGRADIENTS, LETSASAM, LETSSAM
+from .lets import LETSASAM, LETSSAM
 from .lightsam import VARIANTS, LightSAM
 from .monge_sam import MongeSAM
 from .msam import MSAM

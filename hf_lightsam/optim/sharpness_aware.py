@@ -455,7 +455,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                 )
             for key, parameter in zip(saved["params"], group["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
-                    expected = _state_shapes(name, parameter)
+                    movement = self.ascent if name.startswith(ASCENT_PREFIX) else self.descent
+                    expected = [(1,)] if getattr(movement, "has_one_state", False) else _state_shapes(name, parameter)
                     if isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) not in expected:
                         raise UsageError(
                             f"state_dict: {name} of parameter {key} has shape {tuple(value.shape)}; expected "

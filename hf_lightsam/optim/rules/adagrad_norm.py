@@ -33,11 +33,12 @@ class AdaGradNorm(Rule):
             root mean square change of a weight, like the learning rate of Adam and AdaGrad, for any model size.
         **options: ``weight_decay``, ``maximize``, ``foreach``, ``fused`` of :class:`~hf_lightsam.optim.rules.Rule`.
 
-    State of each parameter: ``sum`` (scalar tensor, float32, or float64 for such parameters): the accumulator; one and
+    State of each parameter: ``sum`` (tensor of one number, float32, or float64 for such parameters): the accumulator; one and
     the same tensor for all parameters.
     """
 
     scale_on_device = True
+    has_one_state = True
     shared_options = ("eps",)
 
     def __init__(
@@ -58,7 +59,8 @@ class AdaGradNorm(Rule):
             if "sum" in state:
                 return state["sum"]
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return torch.full((), group["eps"] ** 2, dtype=dtype, device=parameter.device)
+        # Not a scalar: torch 2.13 loads no full FSDP2 state in which every tensor is one ("Expected device to be set").
+        return torch.full((1,), group["eps"] ** 2, dtype=dtype, device=parameter.device)
 
     def _prepare(self, parameters: Sequence[Tensor], grad_norm: Tensor | None, skip: Tensor | None) -> None:
         accumulator = self.state[parameters[0]]["sum"]
@@ -66,7 +68,7 @@ class AdaGradNorm(Rule):
         if skip is not None:
             squared = torch.where(skip, torch.zeros_like(squared), squared)
         accumulator.add_(squared.to(accumulator.device))
-        self._inverse_root = accumulator.rsqrt()
+        self._inverse_root = accumulator.rsqrt().squeeze()
         self._root_of_size = math.sqrt(sum(parameter.numel() for parameter in parameters))
 
     def _update(
@@ -88,6 +90,6 @@ class AdaGradNorm(Rule):
         if saved:
             parameter = states[0][0]
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            accumulator = saved[0].detach().clone().to(parameter.device, dtype)
+            accumulator = saved[0].detach().clone().to(parameter.device, dtype).reshape(1)
             for _, state in states:
                 state["sum"] = accumulator

@@ -52,6 +52,9 @@ class Rule(torch.optim.Optimizer, ABC):
     has_state: ClassVar[bool] = True
     """Whether a step leaves anything behind for the next one."""
 
+    has_one_state: ClassVar[bool] = False
+    """Whether the state is one tensor of one number for all parameters."""
+
     fused_devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu", "mps")
     """Device types for which torch 2.13 has the fused kernel; elsewhere the default is foreach."""
 
