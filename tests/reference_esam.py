@@ -9,7 +9,7 @@ import numpy as np
 from reference import Arrays, norm
 
 
-class ESAM:
+class ESAMReference:
     """eps = rho/beta m g/||m g||, m per array; S_i = l_i(w + eps) - l_i(w); descend with the mean over the top rows.
 
     Args:

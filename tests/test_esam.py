@@ -15,10 +15,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from conftest import assert_same_weights, make_bert, make_rows, weights
+from conftest import assert_same_weights, make_bert, make_rows, train, weights
+from peft import LoraConfig, get_peft_model
 from reference import SGD, AdamW, small_network
-from reference_esam import ESAM as Reference
-from tasks import TASKS, make_gpt2
+from reference_esam import ESAMReference
+from tasks import TASKS, make_gpt2, make_task
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -31,7 +32,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_lightsam import RECIPES, SAM, Option, Recipe, UsageError, register_method
+from hf_lightsam import SAM, LightSAMTrainer, UsageError
 from hf_lightsam.loop import SharpnessAwareLoop
 from hf_lightsam.optim.esam import ESAM
 from hf_lightsam.passes import selective
@@ -50,20 +51,6 @@ def accelerator() -> Iterator[Accelerator]:
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state()
     PartialState._reset_state()
-
-
-@pytest.fixture
-def esam() -> Iterator[str]:
-    """The name of the ``optim`` flag, registered here as a method from outside of the package would be."""
-    if "esam" in RECIPES:
-        yield "esam"
-        return
-    number = Option(float, "a number")
-    options = {"rho": number, "beta": number, "gamma": number, "descent": Option(str, "a name")}
-    name = f"esam_of_test_{len(RECIPES)}_{os.urandom(4).hex()}"
-    register_method(Recipe(name, ESAM, "ESAM", options))
-    yield name
-    del RECIPES[name]
 
 
 def collate(rows: list[dict[str, Tensor]]) -> Batch:
@@ -154,7 +141,9 @@ def test_the_equations(
 ) -> None:
     problem = small_network()
     options, make_descent = DESCENTS[descent]
-    reference = Reference(problem.params, 0.1, 0.5, 0.4, make_descent(0.05, **options), problem.gradient, row_losses)
+    reference = ESAMReference(
+        problem.params, 0.1, 0.5, 0.4, make_descent(0.05, **options), problem.gradient, row_losses
+    )
     model = Network(problem.params, dtype)
     optimizer = ESAM(model.parameters(), descent, 0.1, 0.5, 0.4, lr=0.05, **options)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -583,3 +572,206 @@ def test_other_losses_are_refused(accelerator: Accelerator) -> None:
         with pytest.raises(UsageError, match=r"row_losses: it returned .*; expected a tensor of shape \(8,\)"):
             loop.step([batch])
     assert all(p.requires_grad for p in loop.model.parameters())
+
+
+# ---- Dropout, exceptions, checkpoints, engines -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_both_losses_of_a_row_see_the_same_masks(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, replay: bool
+) -> None:
+    make = lambda params: ESAM(params, "sgd", 1e-12, lr=0.0)  # noqa: E731
+    loop = make_loop(accelerator, make_bert(dropout=0.5), make, replay_rng=replay)
+    chosen = Chosen(loop, monkeypatch)
+    for _ in range(3):
+        loop.step([collate(make_rows(8)[:5]), collate(make_rows(8)[5:])])
+    largest = max(rise.abs().max() for of_step in chosen.rises for rise in of_step)
+    assert (largest < 1e-6) == replay
+
+
+def test_random_numbers_go_on_as_after_one_pass(accelerator: Accelerator) -> None:
+    """Whatever rows descend: else ranks would shuffle differently, for one thing."""
+    states = []
+    for gamma in (0.1, 0.7, 1.0):
+        make = lambda params, gamma=gamma: ESAM(params, "sgd", gamma=gamma, lr=0.1)  # noqa: E731
+        loop = make_loop(accelerator, make_bert(dropout=0.5), make)
+        torch.manual_seed(5)
+        loop.step([collate(make_rows(8)), collate(make_rows(4))])
+        states.append(torch.rand(3))
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("run", [0, 1, 2, 3, 4, 5], ids=lambda run: f"in run {run}")
+def test_an_exception_leaves_everything_as_it_was(accelerator: Accelerator, run: int) -> None:
+    """In a pass of either micro-batch: for the gradient, for the losses, for the gradient of the rows chosen."""
+    model = make_bert(dropout=0.0)
+    model.bert.embeddings.position_embeddings.weight.requires_grad_(False)
+    loop = make_loop(accelerator, model, lambda params: ESAM(params, "sgd", 0.1, gamma=1 - 1e-3, lr=0.1))
+    batches = [collate(make_rows(8)[:4]), collate(make_rows(8)[4:])]
+    loop.step(batches)
+    before = weights(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    count = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == run + 1:
+            raise KeyboardInterrupt
+
+    handle = model.classifier.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        loop.step(batches)
+    handle.remove()
+    assert [p.requires_grad for p in model.parameters()] == flags
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    loop.step(batches)
+
+
+@pytest.mark.parametrize("split", [(4, 2), (8, 1)], ids=str)
+def test_resume(tmp_path: Path, split: tuple[int, int]) -> None:
+    """To the same bits and logs: the draws and the rows too."""
+    options = {
+        "optim": "esam",
+        "optim_args": "beta=0.5,gamma=0.4",
+        "per_device_train_batch_size": split[0],
+        "gradient_accumulation_steps": split[1],
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    whole = train(tmp_path, **options)
+    for step in (3, 6):
+        resumed = train(
+            tmp_path, make_bert(seed=1), resume=str(tmp_path / "out" / f"checkpoint-{step}"), run_name="r", **options
+        )
+        assert_same_weights(resumed.model, whole.model)
+        logs = [[entry for entry in t.state.log_history if "loss" in entry] for t in (resumed, whole)]
+        assert logs[0] == logs[1]
+    assert [log["selected_rows"] for log in logs[1]] == [0.5] * 8  # 4 of 8
+    assert all(log["sharpness"] > 0 for log in logs[1])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_trainer_and_the_loop_take_the_same_steps(tmp_path: Path, accelerator: Accelerator, task: str) -> None:
+    model, rows = make_task(task)
+    trained = train(
+        tmp_path,
+        model,
+        rows=rows,
+        optim="esam",
+        optim_args="descent=sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+    )
+    model, _ = make_task(task)
+    decayed = trained.get_decay_parameter_names(model)  # the Trainer's groups, as the draw goes through them in order
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if (name in decayed) == is_decayed]}
+        for is_decayed in (True, False)
+    ]
+    loop = make_loop(
+        accelerator,
+        model,
+        lambda _: ESAM(groups, "sgd", lr=0.1, seed=trained.optimizer.optimizer.seed),
+        count_items=(lambda batch: (batch["labels"][..., 1:] != -100).sum()) if task == "causal_lm" else None,
+    )
+    for start in range(0, 32, 8):
+        loop.step([collate(rows[start : start + 4]), collate(rows[start + 4 : start + 8])])
+    assert_same_weights(trained.model, loop.model, rtol=1e-4, atol=1e-6)
+
+
+class SquaredLogits(LightSAMTrainer):
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        loss = (outputs.logits - 1).square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class SquaredLogitsByRow(SquaredLogits):
+    def row_losses(self, outputs: Any, inputs: Any) -> Tensor:
+        return (outputs.logits - 1).square().mean(dim=1)
+
+
+def test_a_loss_of_ones_own_in_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conftest.LightSAMTrainer", SquaredLogits)
+    with pytest.raises(UsageError, match=r"another loss; expected .* a method row_losses\(self, outputs, inputs\)"):
+        train(tmp_path, optim="esam")
+    monkeypatch.setattr("conftest.LightSAMTrainer", SquaredLogitsByRow)
+    trainer = train(tmp_path, optim="esam")
+    assert trainer.state.log_history[0]["selected_rows"] == 0.5
+
+
+def test_label_smoothing(tmp_path: Path) -> None:
+    for task in ("classification", "causal_lm"):
+        model, rows = make_task(task)
+        trainer = train(tmp_path, model, rows=rows, optim="esam", label_smoothing_factor=0.3)
+        assert trainer.state.log_history[0]["sharpness"] > 0
+
+
+def test_bfloat16(tmp_path: Path, accelerator: Accelerator) -> None:
+    trainer = train(tmp_path, optim="esam", bf16=True)
+    assert trainer.state.log_history[0]["sharpness"] > 0
+    model = make_bert().to(torch.bfloat16)
+    loop = make_loop(accelerator, model, lambda params: ESAM(params, "sgd", 1.0, lr=0.1))
+    before = weights(model)
+    for _ in range(3):
+        assert loop.step([collate(make_rows(8))]).loss.isfinite()
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_lora(tmp_path: Path) -> None:
+    model = get_peft_model(make_bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    before = weights(model)
+    trainer = train(tmp_path, model, optim="esam", gradient_checkpointing=True)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed
+    assert not set(changed) & set(frozen)
+    assert trainer.state.log_history[0]["sharpness"] > 0
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "reentrant checkpointing", "compiled"])
+def test_the_same_steps_where_gradients_cannot_be_left_out(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    loops = []
+    for is_plain in (True, False):
+        model = make_bert(dropout=0.0)
+        if not is_plain and how == "compiled":
+            model.compile(backend="eager")
+        elif not is_plain:
+            model.gradient_checkpointing_enable({"use_reentrant": how != "checkpointing"})
+        loop = make_loop(accelerator, model, lambda params: ESAM(params, "sgd", 0.1, 0.3, lr=0.1))
+        chosen = Chosen(loop, monkeypatch)
+        for start in range(0, 24, 8):
+            loop.step([collate(make_rows()[start : start + 8])])
+        assert sum(chosen.drawn[-1]) < len(chosen.drawn[-1]) / 2
+        loops.append(loop)
+    assert_same_weights(loops[0].model, loops[1].model, rtol=1e-5, atol=1e-7)
+    assert selective.needs_all_gradients(loops[1].model) == (how != "checkpointing")
+
+
+def test_options() -> None:
+    parameters = [nn.Parameter(torch.ones(2))]
+    for name in ("beta", "gamma"):
+        for value in (0, -0.1, 1.1, True, "0.5", float("nan")):
+            with pytest.raises(UsageError, match=rf"{name}={value!r}: expected a number above 0 and at most 1"):
+                ESAM(parameters, lr=0.1, **{name: value})
+    with pytest.raises(UsageError, match=r"beta=2: expected"):
+        ESAM([{"params": parameters, "beta": 2}], lr=0.1)
+    with pytest.raises(UsageError, match=r"seed=0\.5: expected a whole number"):
+        ESAM(parameters, lr=0.1, seed=0.5)
+    optimizer = ESAM(parameters, lr=0.1)
+    parameters[0].grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"use hf_lightsam\.LightSAMTrainer, or hf_lightsam\.loop"):
+        optimizer.perturb()
+    assert Selective.refused_engines["fsdp"]
