@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from ..passes.plan import GradientPlan
 from .rules import NormalizedGradient
 from .rules.base import Group, by_device
 from .sam import SAM
-from .sharpness_aware import _perturbed_by
 from .tensors import copy_, local, total_norm
 from .validation import Params, check_number
 
@@ -82,7 +80,7 @@ class SAMPa(SAM):
 
     rule = PreviousGradient
     plan_class: ClassVar[type[GradientPlan]] = Parallel
-    _copied: ClassVar[tuple[str, ...]] = (*SAM._copied, "interpolation", "_awaits_step")
+    _copied: ClassVar[tuple[str, ...]] = (*SAM._copied, "interpolation")
 
     def __init__(
         self,
@@ -95,7 +93,6 @@ class SAMPa(SAM):
         if check_number("interpolation", interpolation) > 1:
             raise UsageError(f"interpolation={interpolation!r}: expected a number from 0 to 1")
         self.interpolation = interpolation
-        self._awaits_step = False
         super().__init__(params, descent, rho, **options)
 
     def bind(self, model: nn.Module) -> None:
@@ -106,22 +103,6 @@ class SAMPa(SAM):
         """Return the plan of this optimizer; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
         self._has_plan = True
         return Parallel(self, self.interpolation, getattr(self, "_model", None), **options)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the weights; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
-        loss = super().step(closure)
-        self._awaits_step = False
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
-        super().load_state_dict(state_dict)
-        self._awaits_step = False
-
-    def forget_ascents_without_a_step(self) -> None:
-        """Drop the gradients of a first try that failed; a descent without state, as SGD's, says nothing of steps."""
-        if self._awaits_step:
-            super().forget_ascents_without_a_step()
 
     # ---- For the plan -------------------------------------------------------------------------------------------
 
@@ -142,7 +123,6 @@ class SAMPa(SAM):
         Args:
             gradients: For each parameter; taken over, not copied.
         """
-        self._awaits_step = True
         given = [gradient for gradient in gradients if gradient is not None]
         if not given:
             self.ascent.state.clear()
@@ -174,10 +154,7 @@ class SAMPa(SAM):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not parameters:
             return
-        self._saved = [self._buffer(p) for p in parameters]
-        copy_(self._saved, parameters)
-        self._perturbed = parameters
-        _perturbed_by.update(dict.fromkeys(map(id, parameters), ref(self)))
+        self._hold(parameters)
         try:
             with _on_copies_of_the_state(self.descent):
                 self.descent.step()

@@ -122,6 +122,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._buffers: dict[Tensor, Tensor] = {}
         self._ascended = False
         self._has_plan = False
+        self._has_stepped = False
         self._ready = True
 
     def _share_groups(self) -> None:
@@ -214,15 +215,19 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         root_of_size = math.sqrt(sum(p.numel() for p in parameters))
         for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
             group["lr"] = main["rho"] / (root_of_size if main["rho_scale"] == "global" else 1.0)
-        self._saved = [self._buffer(p) for p in parameters]
-        copy_(self._saved, parameters)
-        self._perturbed = parameters
-        _perturbed_by.update(dict.fromkeys(map(id, parameters), weakref.ref(self)))
+        self._hold(parameters)
         try:
             self.ascent.ascend(groups, self.ascent_grad_norm)
         except BaseException:
             self.restore()
             raise
+
+    def _hold(self, parameters: list[Tensor]) -> None:
+        """Save parameters that are about to be moved."""
+        self._saved = [self._buffer(p) for p in parameters]
+        copy_(self._saved, parameters)
+        self._perturbed = parameters
+        _perturbed_by.update(dict.fromkeys(map(id, parameters), weakref.ref(self)))
 
     def _ascent_groups(self) -> list[Group]:
         """Return the ascent's groups that have a radius, with the options that they share with the descent's."""
@@ -359,6 +364,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             self._make_ascent_state_or_refuse()
         self._ascended = False
         self.descent.step()
+        self._has_stepped = True
         return loss
 
     def _make_ascent_state_or_refuse(self) -> None:
@@ -374,7 +380,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
 
     def forget_ascents_without_a_step(self) -> None:
         """Drop the ascent's state if no step was ever taken: of a first try that failed, as out of memory."""
-        if not self.state:
+        if not self._has_stepped:
             self.ascent.state.clear()
 
     # ---- State ------------------------------------------------------------------------------------------------
@@ -435,6 +441,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self.descent.load_state_dict({**state_dict, "state": descent_state})
         self._share_groups()
         self.ascent.load_state_dict({"state": ascent_state, "param_groups": ascent_groups})
+        self._has_stepped = bool(state_dict["state"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -486,6 +493,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             "_buffers": {},
             "_ascended": self._ascended,
             "_has_plan": False,
+            "_has_stepped": self._has_stepped,
             "_ready": True,
         }
 

@@ -107,7 +107,8 @@ class Parallel(GradientPlan):
 
         self.put_back_gradients(self.optimizer.previous_gradients())
         self.optimizer.perturb()  # also where the other gradient is taken: all ranks log the same, at a small cost
-        self._measure(measures, measure=measure)
+        if self.optimizer.is_perturbed:
+            self.note_norms(measures, measure=measure)
         self.set_aside_gradients()
         if not is_paired or window.rank % 2 == 0:
             perturbed_losses = self._run_all(window, previous, sync=is_sharded, again=True)
@@ -141,17 +142,6 @@ class Parallel(GradientPlan):
         """Whether ranks take different gradients: not where a forward pass needs all ranks at the same weights."""
         talks = is_sharded or any(isinstance(module, nn.SyncBatchNorm) for module in self._with_running_statistics)
         return window.world_size % 2 == 0 and not talks
-
-    def _measure(self, measures: dict[str, Tensor], *, measure: bool) -> None:
-        if not self.optimizer.is_perturbed:
-            return
-        assert self.optimizer.ascent_grad_norm is not None
-        measures["ascent_grad_norm"] = self.optimizer.ascent_grad_norm
-        if measure:
-            measures["perturbation_norm"] = self.optimizer.perturbation_norm()
-            lost = self.optimizer.perturbation_lost()
-            if lost is not None:
-                measures["perturbation_lost"] = lost
 
     def _run_all(self, window: Window, rows: Sequence[_Rows], *, sync: bool, again: bool) -> list[list[Tensor]]:
         """Run the rows of one or two ranks forward and backward, at moved weights; return the losses of each."""

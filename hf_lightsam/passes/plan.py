@@ -143,6 +143,10 @@ class GradientPlan(ABC):
         """Take the loss scale out of the gradients and perturb along them; note the norms in ``measures``."""
         window.unscale(self.gradients())
         self.optimizer.perturb()
+        self.note_norms(measures, measure=measure)
+
+    def note_norms(self, measures: dict[str, Tensor], *, measure: bool) -> None:
+        """Note the ascent gradient's norm in ``measures``, and with ``measure`` what became of the perturbation."""
         if self.optimizer.ascent_grad_norm is not None:
             measures["ascent_grad_norm"] = self.optimizer.ascent_grad_norm
         if measure and self.optimizer.is_perturbed:

@@ -33,8 +33,8 @@ class AdaGradNorm(Rule):
             root mean square change of a weight, like the learning rate of Adam and AdaGrad, for any model size.
         **options: ``weight_decay``, ``maximize``, ``foreach``, ``fused`` of :class:`~hf_lightsam.optim.rules.Rule`.
 
-    State of each parameter: ``sum`` (tensor of one number, float32, or float64 for such parameters): the accumulator; one and
-    the same tensor for all parameters.
+    State of each parameter: ``sum`` (one number, float32, or float64 for such parameters): the accumulator; one and the
+    same tensor for all parameters.
     """
 
     scale_on_device = True
