@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 import inspect
 import json
+import os
 import re
 import shutil
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +113,8 @@ _PROBE = object()
 def option_infos(recipe: Recipe) -> list[OptionInfo]:
     """Return the options of a recipe, their defaults read from the signatures of the classes that have them."""
     defaults = {**_own_defaults(recipe.optimizer), **recipe.fixed}
+    if "descent" not in recipe.options and defaults.get("descent") in DESCENTS:
+        defaults = {**_defaults(DESCENTS[defaults["descent"]]), **defaults}
     optimizer = recipe.optimizer([torch.zeros(1, requires_grad=True)], **recipe.arguments(0.0, {}))
     texts = _documented(recipe.optimizer)
     infos = []
@@ -135,13 +139,16 @@ def _own_defaults(cls: type) -> dict[str, Any]:
             break
         if "__init__" not in vars(base):
             continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        for parameter in parameters:
-            if parameter.default is not parameter.empty:
-                defaults.setdefault(parameter.name, parameter.default)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        own = vars(base)["__init__"]
+        defaults = {**_defaults(own), **defaults}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(own).parameters.values()):
             break
     return defaults
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def _argument(recipe: Recipe, name: str, **others: Any) -> tuple[str, int | None] | None:
@@ -163,9 +170,9 @@ def _of_descents(recipe: Recipe, name: str) -> dict[str, Any]:
     found = {}
     for descent in DESCENTS if "descent" in recipe.options else ():
         target = _argument(recipe, name, descent=descent)
-        parameters = inspect.signature(DESCENTS[descent]).parameters
-        if target and target[0] in parameters:
-            found[descent] = _at(parameters[target[0]].default, target[1])
+        defaults = _defaults(DESCENTS[descent])
+        if target and target[0] in defaults:
+            found[descent] = _at(defaults[target[0]], target[1])
     return found
 
 
@@ -223,7 +230,7 @@ def _shown(value: Any) -> str:
 def notes(methods: Sequence[MethodInfo]) -> list[str]:
     """Return what is said once below the table."""
     said = [
-        "copies: memory beyond weights and gradients, in copies of the trainable weights. The descent's: AdamW's are 2.",
+        "copies: memory beyond weights and gradients, in copies of the trainable weights (the descent's: 2 for AdamW).",
         "engines: DeepSpeed is refused with all, since " + NO_DEEPSPEED + ".",
         "options: those without a value follow from the model, the device or other options; all take foreach and "
         "fused too.",
@@ -245,17 +252,19 @@ def as_text(methods: Sequence[MethodInfo], width: int) -> str:
         width: Columns of the terminal; the table has at least 100 and at most 120.
     """
     rows = [COLUMNS, *map(_cells, methods)]
-    name = max(len(row[0]) for row in rows)
-    sizes = [name, 16, 15, 13, 14]
+    sizes = [max(len(row[0]) for row in rows), 10, 18, 10, 8]
     sizes.append(min(max(width, WIDTHS[0]), WIDTHS[1]) - sum(sizes) - 2 * len(sizes))
+    wide = sum(sizes) + 2 * (len(sizes) - 1)
     lines: list[str] = []
     for row in rows:
-        columns = [textwrap.wrap(cell, size, break_on_hyphens=False) for cell, size in zip(row, sizes, strict=True)]
+        columns = [
+            textwrap.wrap(cell, size, break_on_hyphens=False, break_long_words=False)
+            for cell, size in zip(row, sizes, strict=True)
+        ]
         for index in range(max(map(len, columns))):
             parts = [column[index] if index < len(column) else "" for column in columns]
             lines.append("  ".join(part.ljust(size) for part, size in zip(parts, sizes, strict=True)).rstrip())
-        lines.append("-" * (sum(sizes) + 2 * (len(sizes) - 1)))
-    wide = sum(sizes) + 2 * (len(sizes) - 1)
+        lines.append("-" * wide if row is COLUMNS else "")
     return "\n".join([*lines, *(line for note in notes(methods) for line in textwrap.wrap(note, wide))])
 
 
@@ -288,13 +297,14 @@ def page(recipe: Recipe, width: int) -> str:
     method, cls = method_info(recipe), recipe.optimizer
     width = min(max(width, WIDTHS[0]), WIDTHS[1])
     no = "; ".join(f"not {engine}, as {reason}" for engine, reason in method.refused.items())
+    rho = next((_setting(option) for option in method.options if option.name == "rho"), "")
     facts = {
         "paper": f"{method.paper}  {method.url}",
-        "use": f'LightSAMTrainingArguments(..., optim="{method.name}", optim_args="rho=...")',
+        "use": f'LightSAMTrainingArguments(..., optim="{method.name}", optim_args="{rho}")',
         "class": f"{cls.__module__}.{cls.__qualname__}"
         + "".join(f", {name}={value!r}" for name, value in recipe.fixed.items()),
         "gradients": f"{method.evaluations} a step",
-        "memory": f"{method.copies} copies of the trainable weights, beyond weights and gradients",
+        "memory": f"{method.copies}, in copies of the trainable weights, beyond weights and gradients",
         "engines": f"{', '.join(method.engines)}; {no}",
     }
     lines = [f"{method.name}  {method.summary}", ""]
@@ -322,7 +332,7 @@ def _of_descent(option: OptionInfo) -> str:
         return ""
     others = [f"{name}: {_shown(v)}" for name, v in option.of_descent.items() if v != option.default]
     return f"Handed to descent={', '.join(option.of_descent)}." + (
-        f" Defaults of {', '.join(others)}." if others else ""
+        f" Default of {', of '.join(others)}." if others else ""
     )
 
 
@@ -347,10 +357,12 @@ def main(argv: Sequence[str]) -> None:
     columns = shutil.get_terminal_size(fallback=(WIDTHS[1], 24)).columns
     methods = [method_info(RECIPES[asked.name])] if asked.name else table()
     if asked.json:
-        print(as_json(methods))
+        text = as_json(methods)
     elif asked.markdown:
-        print(as_markdown(methods))
-    elif asked.name:
-        print(page(RECIPES[asked.name], columns))
+        text = as_markdown(methods)
     else:
-        print(as_text(methods, columns))
+        text = page(RECIPES[asked.name], columns) if asked.name else as_text(methods, columns)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # a pager that was left, or head: nothing reads on, and Python's own flush must not mind
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
