@@ -29,10 +29,12 @@ from transformers import (
     get_scheduler,
 )
 
-from hf_lightsam import RECIPES, UsageError, optimizer_cls_and_kwargs
+from hf_lightsam import RECIPES, UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.glue import get_task, glue_metrics, load_glue, preprocess
 from hf_lightsam.loop import SharpnessAwareLoop
+from hf_lightsam.optim.recipes import get_recipe
+from hf_lightsam.validation_rows import carve
 
 PROGRAM = "run_glue_no_trainer.py"
 logger = get_logger(__name__)
@@ -52,7 +54,12 @@ class Arguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first so many evaluation rows."})
     optim: str = field(default="lightsam_adam", metadata={"help": f"One of {', '.join(RECIPES)}."})
-    rho: float | None = field(default=None, metadata={"help": "Radius of the perturbation. Default: the method's."})
+    optim_args: str | None = field(
+        default=None, metadata={"help": "The method's options, like rho=0.1,beta2=0.99 (hf-lightsam methods NAME)."}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "lets_* only. Share of the training rows kept apart to learn the radius on."}
+    )
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate after the warm-up."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay, but for biases and LayerNorm."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "A schedule that get_scheduler knows."})
@@ -69,6 +76,8 @@ class Arguments:
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded."""
         self.task = get_task(self.task_name)
+        self.recipe = get_recipe(self.optim)
+        self.options = self.recipe.parse(self.optim_args)
         for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected a whole number above 0")
@@ -93,9 +102,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model = AutoModelForSequenceClassification.from_pretrained(
             arguments.model_name_or_path, num_labels=task.num_labels
         )
-        options = {} if arguments.rho is None else {"rho": arguments.rho}
-        optimizer_cls, kwargs = optimizer_cls_and_kwargs(arguments.optim, lr=arguments.learning_rate, **options)
-        optimizer = optimizer_cls(_groups(model, arguments.weight_decay), **kwargs)
+        kwargs = arguments.recipe.arguments(arguments.learning_rate, arguments.options)
+        optimizer = arguments.recipe.optimizer(_groups(model, arguments.weight_decay), **kwargs)
         loaders = _make_loaders(arguments, tokenizer, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     loaders = {split: accelerator.prepare(loader) for split, loader in loaders.items()}
@@ -110,13 +118,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         lambda model, batch: model(**batch).loss,
         max_grad_norm=arguments.max_grad_norm,
         sync_ascent=arguments.sync_ascent,
+        validation_batches=loaders.get("kept_apart"),
     )
     progress = tqdm(total=total, disable=not accelerator.is_main_process)
     metrics: dict[str, float] = {}
     for epoch in range(arguments.num_train_epochs):
         model.train()
         for window in _windows(loaders["train"], arguments.gradient_accumulation_steps):
-            result = loop.step(window)
+            result = loop.step(window, progress=progress.n / total, epoch=progress.n / steps_an_epoch)
             if not accelerator.optimizer_step_was_skipped:
                 schedule.step()
             progress.update()
@@ -157,11 +166,18 @@ def _make_loaders(arguments: Arguments, tokenizer: object, accelerator: Accelera
         rows = preprocess(raw, task, tokenizer, arguments.max_seq_length).rename_column("label", "labels")
     rows = rows.remove_columns("idx")
     collator = DataCollatorWithPadding(tokenizer)  # type: ignore[arg-type]
-    sizes = dict.fromkeys(splits, arguments.per_device_eval_batch_size)
-    sizes["train"] = arguments.per_device_train_batch_size
+    if arguments.recipe.optimizer.plan_class.needs_validation:
+        rows["train"], rows["kept_apart"] = carve(rows["train"], arguments.validation_fraction, arguments.seed)
+    trained_on = ("train", "kept_apart")
+    sizes = {"train": arguments.per_device_train_batch_size, "kept_apart": arguments.per_device_train_batch_size}
     return {
-        split: DataLoader(rows[split], batch_size=sizes[split], shuffle=split == "train", collate_fn=collator)
-        for split in splits
+        split: DataLoader(
+            rows[split],
+            batch_size=sizes.get(split, arguments.per_device_eval_batch_size),
+            shuffle=split in trained_on,
+            collate_fn=collator,
+        )
+        for split in rows
     }
 
 

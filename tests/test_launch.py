@@ -162,6 +162,22 @@ def test_run_glue_without_the_trainer(model_dir: Path, data_dir: Path, tmp_path:
     assert all("matthews_correlation" in metrics for metrics in results.values())
 
 
+@pytest.mark.parametrize("method", ["ssam_dynamic", "lets_sam", "msam"])
+def test_methods_that_need_more_than_rows_in_a_loop(
+    model_dir: Path, data_dir: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What of the training is done, rows kept apart, shards: the script hands all of it over."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import run_glue_no_trainer
+
+    arguments = {"model_name_or_path": model_dir, "data_dir": data_dir, "output_dir": tmp_path, "task_name": "cola"}
+    arguments |= {"optim": method, "optim_args": "rho=0.1", "num_train_epochs": 1, "cpu": "true"}
+    metrics = run_glue_no_trainer.main(
+        [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    )
+    assert "matthews_correlation" in metrics
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_the_configs(path: Path) -> None:
     config = load_config_from_file(str(path))
