@@ -31,7 +31,10 @@ class SGD:
 
 
 class AdamW:
-    """``torch.optim.AdamW``; a change dg moves the weights by -lr (1 - b1)/(1 - b1^t) dg/(sqrt(vhat) + eps)."""
+    """``torch.optim.AdamW``; a change dg moves the weights by the derivative of its step, both moments' own in it.
+
+    The first step is lr sign(g) up to eps: of derivative 0.
+    """
 
     def __init__(self, lr: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01):
         self.lr, self.b1, self.b2, self.eps, self.weight_decay, self.t = lr, b1, b2, eps, weight_decay, 0
@@ -40,19 +43,21 @@ class AdamW:
         if self.t == 0:
             self.m, self.v = [np.zeros_like(p) for p in params], [np.zeros_like(p) for p in params]
         self.t += 1
+        self.before = self.m, self.v, g
         self.m = [self.b1 * m + (1 - self.b1) * gi for m, gi in zip(self.m, g, strict=True)]
         self.v = [self.b2 * v + (1 - self.b2) * gi**2 for v, gi in zip(self.v, g, strict=True)]
-        return [
-            x * (1 - self.lr * self.weight_decay) - self.lr * m / (1 - self.b1**self.t) / self._root(v)
-            for x, m, v in zip(params, self.m, self.v, strict=True)
-        ]
+        moved = zip(params, map(self._step, *self.before), strict=True)
+        return [x * (1 - self.lr * self.weight_decay) - self.lr * step for x, step in moved]
 
-    def _root(self, v: np.ndarray) -> np.ndarray:
-        return np.sqrt(v / (1 - self.b2**self.t)) + self.eps
+    def _step(self, m: np.ndarray, v: np.ndarray, g: np.ndarray) -> np.ndarray:
+        mhat = (self.b1 * m + (1 - self.b1) * g) / (1 - self.b1**self.t)
+        return mhat / (np.sqrt((self.b2 * v + (1 - self.b2) * g**2) / (1 - self.b2**self.t)) + self.eps)
 
     def change(self, dg: Arrays) -> Arrays:
-        rate = self.lr * (1 - self.b1) / (1 - self.b1**self.t)
-        return [-rate * d / self._root(v) for d, v in zip(dg, self.v, strict=True)]
+        if self.t == 1:
+            return [np.zeros_like(d) for d in dg]
+        slopes = [self._step(m, v, g + 1e-30j).imag / 1e-30 for m, v, g in zip(*self.before, strict=True)]
+        return [-self.lr * slope * d for slope, d in zip(slopes, dg, strict=True)]
 
 
 class LETS:
@@ -120,5 +125,6 @@ class LETS:
         by_nu = rho * self.derivative
         self.first = 0.9 * self.first + 0.1 * by_nu
         self.second = 0.999 * self.second + 0.001 * by_nu**2
-        step = self.first / (1 - 0.9**self.updates) / np.sqrt(self.second / (1 - 0.999**self.updates))
-        self.nu -= self.rho_lr * step
+        if self.second > 0:
+            step = self.first / (1 - 0.9**self.updates) / np.sqrt(self.second / (1 - 0.999**self.updates))
+            self.nu -= self.rho_lr * step

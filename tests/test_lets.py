@@ -24,16 +24,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 
-from hf_lightsam import RECIPES, LightSAMTrainer, UsageError, register_method
+from hf_lightsam import SAM, LightSAMTrainer, UsageError
 from hf_lightsam.loop import SharpnessAwareLoop, StepResult
 from hf_lightsam.optim.lets import LETSASAM, LETSSAM
-from hf_lightsam.optim.recipes import _COUNT, _NUMBER, _choice, _over_a_descent
 from hf_lightsam.validation_rows import BatchesByNumber, ValidationRows, carve
-
-OWN = {"rho_lr": _NUMBER, "rho_update_steps": _COUNT, "hypergradient": _choice(("diagonal", "exact"))}
-for name, cls, own in (("lets_sam", LETSSAM, OWN), ("lets_asam", LETSASAM, {"eta": _NUMBER, **OWN})):
-    if name not in RECIPES:
-        register_method(_over_a_descent(name, cls, "a learned radius", own))
 
 CLASSES = {"sam": LETSSAM, "asam": LETSASAM}
 MODES = ("diagonal", "exact")
@@ -95,17 +89,21 @@ def upper_objective(loop: SharpnessAwareLoop, problem: Problem, step: int) -> fl
     return 0.5 * (losses[0] - losses[1]) ** 2
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("descent", "options"),
+    [("sgd", {"lr": 0.1}), ("sgd", {"lr": 0.1, "momentum": 0.9}), ("adamw", {"lr": 0.1}), ("adam", {"lr": 0.1})],
+    ids=str,
+)
 @pytest.mark.parametrize("method", CLASSES)
 def test_the_exact_hypergradient_is_that_of_finite_differences(
-    accelerator: Accelerator, method: str, momentum: float
+    accelerator: Accelerator, method: str, descent: str, options: dict[str, float]
 ) -> None:
     problem = PROBLEMS["small_network"]()
-    options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1, "rho_lr": 0.0, "hypergradient": "exact"}
+    options = {**options, "rho_lr": 0.0, "hypergradient": "exact", "weight_decay": 0.0 if descent == "adam" else 0.1}
 
     def after_two_steps(rho: float) -> tuple[float, StepResult]:
         """Two steps, with the radius in question in the second one, when there is a momentum."""
-        loop = make_loop(accelerator, problem, lambda p: CLASSES[method](p, "sgd", 0.3, **options))
+        loop = make_loop(accelerator, problem, lambda p: CLASSES[method](p, descent, 0.3, **options))
         loop.step([tensors(problem.batches[0], torch.float64)])
         for group in loop.plan.optimizer.param_groups:
             group["rho"] = rho
@@ -346,7 +344,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def assert_close(result: dict[str, Any], expected: dict[str, Any]) -> None:
     assert result["rho"] == pytest.approx(expected["rho"], rel=1e-4)
-    assert abs(expected["rho"] / 0.1 - 1) > 0.05
+    assert abs(expected["rho"] / 0.1 - 1) > 0.03
     difference = (result["weights"].double() - expected["weights"].double()).norm()
     assert difference / expected["weights"].double().norm() < 1e-6
 
@@ -482,8 +480,8 @@ class Losses(LightSAMTrainer):
 
     def compute_loss(self, *args: Any, **options: Any) -> Any:
         loss = super().compute_loss(*args, **options)
-        if self._is_running_plan:
-            self.noted.append(float(loss))
+        if self.model.training:
+            self.noted.append(loss.item())
         return loss
 
 
@@ -668,8 +666,6 @@ def test_the_loop_wants_validation_batches_where_they_serve(accelerator: Acceler
     problem = PROBLEMS["small_network"]()
     with pytest.raises(UsageError, match="validation_batches=None: LETSSAM expects micro-batches"):
         make_loop(accelerator, problem, LETSSAM, validation_batches=None)
-    from hf_lightsam import SAM
-
     with pytest.raises(UsageError, match="validation_batches=function: SAM expects None"):
         make_loop(accelerator, problem, SAM)
 

@@ -132,6 +132,19 @@ class LearnedRadiusSAM(SAM):
         for group in self.param_groups:
             group.update(state)
 
+    def perturb(self) -> None:
+        """Save the weights, and move them, as :meth:`SAM.perturb`.
+
+        Raises:
+            RuntimeError: If it is called by hand, where nothing would learn the radius.
+        """
+        if not self._has_plan:
+            raise RuntimeError(
+                f"perturb() was called by hand, and {type(self).__name__} takes other gradients than these two: "
+                "use hf_lightsam.LightSAMTrainer, or hf_lightsam.loop.SharpnessAwareLoop in a loop of your own"
+            )
+        super().perturb()
+
     # ---- For the plan -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -141,30 +154,50 @@ class LearnedRadiusSAM(SAM):
 
     @torch.no_grad()
     def multiply_by_step_sizes_(self, parameters: Sequence[Tensor], changes: Sequence[Tensor]) -> None:
-        """Turn changes of gradients into how much less far the step that was taken would go for them, in place.
+        """Turn changes of gradients into how much further down the step that was taken would go for them, in place.
 
         Args:
-            parameters: Of this optimizer.
+            parameters: Of this optimizer; they hold the gradient that the step was taken with.
             changes: For each (this rank's shard of it) the change of its gradient.
         """
         changes_of = dict(zip(parameters, changes, strict=True))
+        is_adam = isinstance(self.descent, torch.optim.Adam)
         for group in self.param_groups:
             members = [p for p in group["params"] if p in changes_of]
-            if not members:
-                continue
             of_group = [changes_of[p] for p in members]
-            rate = float(group["lr"])
-            if not isinstance(self.descent, torch.optim.Adam) or not all(self.state.get(p) for p in members):
-                torch._foreach_mul_(of_group, rate)
-                continue
-            beta1, beta2 = (float(beta) for beta in group["betas"])
-            second = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-            steps = torch.stack([self.state[p]["step"] for p in members]).tolist()
-            divisors = torch._foreach_sqrt(local([self.state[p][second] for p in members]))
-            torch._foreach_div_(divisors, [math.sqrt(1 - beta2**t) for t in steps])
-            torch._foreach_add_(divisors, group["eps"])
-            torch._foreach_mul_(of_group, [rate * (1 - beta1) / (1 - beta1**t) for t in steps])
-            torch._foreach_div_(of_group, divisors)
+            if members and is_adam and all(self.state.get(p) and p.grad is not None for p in members):
+                torch._foreach_mul_(of_group, self._adam_slopes(group, members))
+            if members:
+                torch._foreach_mul_(of_group, float(group["lr"]))
+
+    def _adam_slopes(self, group: Group, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return the derivative of Adam's last step, without the learning rate, by its gradient.
+
+        That of ``mhat/(sqrt(vhat) + eps)`` with both moments' own. The very first step is a sign, whose derivative is
+        taken for 0: what ``eps`` leaves of it is less than rounding. The maximum of AMSGrad counts as constant.
+        """
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        states = [self.state[p] for p in parameters]
+        steps = torch.stack([state["step"] for state in states]).tolist()
+        first = [1 - beta1**t for t in steps]
+        second = [1 - beta2**t for t in steps]
+        roots = torch._foreach_sqrt(local([s["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"] for s in states]))
+        torch._foreach_div_(roots, [math.sqrt(c) for c in second])
+        if group["amsgrad"]:
+            slopes = [torch.zeros_like(root) for root in roots]
+            torch._foreach_add_(roots, group["eps"])
+        else:
+            gradients = local([cast(Tensor, p.grad) for p in parameters])
+            slopes = list(torch._foreach_mul(local([state["exp_avg"] for state in states]), gradients))
+            torch._foreach_clamp_min_(roots, torch.finfo(torch.bfloat16).tiny)  # where v is 0, so is m g
+            torch._foreach_div_(slopes, roots)
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_div_(slopes, roots)
+        torch._foreach_mul_(slopes, [(beta2 - 1) / (c * d) for c, d in zip(first, second, strict=True)])
+        torch._foreach_add_(slopes, [(1 - beta1) / c for c in first])
+        torch._foreach_div_(slopes, roots)
+        torch._foreach_mul_(slopes, [float(t > 1 or group["amsgrad"]) for t in steps])
+        return slopes
 
 
 class LETSSAM(LearnedRadiusSAM):
@@ -188,8 +221,8 @@ class LETSSAM(LearnedRadiusSAM):
 
     Args:
         params: As for :class:`SAM`.
-        descent: As for :class:`SAM`. The derivative is exact over SGD without Nesterov's momentum, nearly so over Adam
-            and AdamW, and takes the others for SGD.
+        descent: As for :class:`SAM`. The derivative is that of SGD without Nesterov's momentum, of AdamW, and of Adam
+            without its weight decay; it takes all others for SGD.
         rho: Radius at the start, at least 0; with 0 in all groups there is neither perturbation nor learning.
             Default: 0.05.
         rho_lr: Learning rate of the radius's logarithm, at least 0: an update changes the radius by about this share

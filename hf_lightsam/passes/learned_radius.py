@@ -30,9 +30,9 @@ class LearnedRadius(TwoPass):
             \langle \nabla L_{vl} - \nabla L_{tr}, \; P_t H_t e_t \rangle
 
     with ``x_{t+1}`` what the descent makes of the gradient at ``x_t + rho e_t``, ``H_t`` the Hessian of the training
-    loss there, and ``P_t`` how far a weight goes for a change of its gradient: the learning rate, and over Adam and
-    AdamW that times ``(1 - beta1)/(1 - beta1^t) / (sqrt(vhat_t) + eps)``, the second moment taken for a constant.
-    Momentum of earlier steps does not depend on this step's radius. Clipping counts as none.
+    loss there, and ``P_t`` how much further down a weight goes for a change of its gradient: the learning rate, and
+    over Adam and AdamW that times the derivative of ``mhat/(sqrt(vhat) + eps)`` by this step's gradient. Clipping
+    counts as a constant factor of 1.
 
     - ``"diagonal"`` is the paper's approximation: ``H_t e_t`` by ``g ⊙ g ⊙ e_t``, g the descent gradient (not clipped).
     - ``"exact"``: ``H_t e_t`` by differentiating the descent gradient once more, in the descent pass itself.
