@@ -220,10 +220,11 @@ def _descent_options(method: MethodInfo) -> list[OptionInfo]:
 
 
 def _setting(option: OptionInfo) -> str:
-    return option.name if option.default is None else f"{option.name}={_shown(option.default)}"
+    return option.name if option.default is None else f"{option.name}={shown(option.default)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as it is written in ``optim_args``."""
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -330,7 +331,7 @@ def _bases(cls: type) -> list[type]:
 def _of_descent(option: OptionInfo) -> str:
     if not option.of_descent:
         return ""
-    others = [f"{name}: {_shown(v)}" for name, v in option.of_descent.items() if v != option.default]
+    others = [f"{name}: {shown(v)}" for name, v in option.of_descent.items() if v != option.default]
     return f"Handed to descent={', '.join(option.of_descent)}." + (
         f" Default of {', of '.join(others)}." if others else ""
     )
