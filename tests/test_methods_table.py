@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -153,13 +152,13 @@ def test_unknown_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in error for name in RECIPES)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="runs a shell")
-def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
-    command = f"set -o pipefail; {sys.executable} -m hf_lightsam methods --json | head -c 1"
-    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stdout) == (0, "[")
-    assert "Traceback" not in process.stderr
-    assert "BrokenPipe" not in process.stderr
+def test_a_reader_that_leaves_early_gets_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        main(["methods", "--json"])
+        stdout.write("what Python flushes at its end")  # raises nothing either
 
 
 class Documented(SAM):
