@@ -576,7 +576,7 @@ def draw(results: Sequence[dict[str, str]], path: Path) -> None:
     for axes, (task, summaries) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
         for place, each in enumerate(reversed(summaries)):
             color = "#D55E00" if each.label == BASELINE else "#0072B2"
-            axes.plot(each.scores, [place] * len(each.scores), "o", color=color, alpha=0.3, ms=4, mew=0)
+            axes.plot(each.scores, [place - 0.25] * len(each.scores), "o", color=color, alpha=0.4, ms=4, mew=0)
             deviation = 0.0 if math.isnan(each.deviation) else each.deviation
             axes.errorbar(each.mean, place, xerr=deviation, fmt="D", color=color, ms=5, capsize=3, lw=1.2)
             if each.label == BASELINE:
@@ -606,12 +606,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(f"results={arguments.results!r}: expected the name of a .csv file")
         if arguments.plot:
             new_figure(1.0, 1.0)  # fails now where matplotlib is not installed
-        if arguments.table:
-            if not path.is_file() or not read_results(path):
-                raise UsageError(f"results={arguments.results!r}: expected a file that holds runs")
-            make_runs = None
-        else:
-            make_runs = _set_up(arguments)
+        if arguments.table and not (path.is_file() and read_results(path)):
+            raise UsageError(f"results={arguments.results!r}: expected a file that holds runs")
+        make_runs = None if arguments.table else _set_up(arguments)
     if make_runs is not None:
         make_runs()
     results = read_results(path)
