@@ -7,7 +7,7 @@ from .callbacks import StopOnInterrupt
 from .errors import UsageError
 from .optim import SAM, LightSAM, SharpnessAwareOptimizer
 from .optim.recipes import RECIPES, Option, Recipe, optimizer_cls_and_kwargs
-from .optim_flag import register_method
+from .optim_flag import register_method, unregister_method
 from .trainer import LightSAMSeq2SeqTrainer, LightSAMTrainer, SharpnessAwareMixin
 from .training_args import LightSAMSeq2SeqTrainingArguments, LightSAMTrainingArguments
 
@@ -27,5 +27,6 @@ __all__ = [
     "UsageError",
     "optimizer_cls_and_kwargs",
     "register_method",
+    "unregister_method",
 ]
 __version__ = "0.1.0.dev0"

@@ -21,7 +21,7 @@ from .docstrings import arguments as documented_arguments
 from .docstrings import description
 from .errors import UsageError, report_usage_errors
 from .optim.lightsam import VARIANTS
-from .optim.recipes import RECIPES, Recipe, _join_betas
+from .optim.recipes import RECIPES, Recipe, join_betas
 from .optim.rules import Rule
 from .optim.sam import DESCENTS
 from .optim.sharpness_aware import SharpnessAwareOptimizer
@@ -154,7 +154,7 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 def _argument(recipe: Recipe, name: str, **others: Any) -> tuple[str, int | None] | None:
     """Return the argument of the class that an option becomes, and its place in it if that is a tuple."""
     try:
-        prepared = recipe.prepare(_join_betas({**others, name: _PROBE}))
+        prepared = recipe.prepare(join_betas({**others, name: _PROBE}))
     except (TypeError, ValueError):  # not an option beside these others, or its value is looked at
         return None
     for argument, value in prepared.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import transformers.trainer
 from transformers import TrainerCallback, TrainingArguments
@@ -52,6 +52,24 @@ def register_method(recipe: Recipe) -> None:
         raise UsageError(f"name={recipe.name!r}: it is an optimizer's name already; expected another")
     RECIPES[recipe.name] = recipe
     register()
+
+
+def unregister_method(name: str) -> None:
+    """Take back :func:`register_method`.
+
+    Args:
+        name: The method's.
+
+    Raises:
+        UsageError: For a name that is not in the table.
+    """
+    if RECIPES.pop(name, None) is None:
+        raise UsageError(f"name={name!r}: no method of the table; expected one of {', '.join(RECIPES)}")
+    member = OptimizerNames._value2member_map_.pop(name)
+    _OPTIMIZER_HANDLERS.pop(cast(OptimizerNames, member))
+    OptimizerNames._member_names_.remove(member.name)
+    OptimizerNames._member_map_.pop(member.name)
+    type.__delattr__(OptimizerNames, member.name)
 
 
 def optim_name(optim: Any) -> Any:

@@ -37,6 +37,7 @@ _FIELDS = (
     "mask_seed",
     "beta",
     "gamma",
+    "draw_seed",
     "interpolation",
     "rho_lr",
     "rho_update_steps",
@@ -57,18 +58,20 @@ class LightSAMTrainingArguments(TrainingArguments):
     Args:
         optim: A name of the family (``hf-lightsam methods`` lists them), or any name that Transformers knows, which
             then trains as ever.
-        rho: Radius of the perturbation, at least 0; 0 makes none. Default: the method's, 0.05 (``asam``: 0.5).
+        rho: Radius of the perturbation, at least 0; 0 makes none. Default: the method's, 0.05 (``asam`` and
+            ``lets_asam``: 0.5).
         rho_scale: LightSAM only. ``"global"``: ``rho`` is the length of the whole perturbation, for any model size.
             ``"coordinate"``: the paper's letter, where in forms II and III ``rho`` is a length for each weight.
             Default: ``"global"``.
-        bias_correction: ``lightsam_adam`` only. Correct the bias of both movements' moments, as Adam does. Default:
-            true, except with ``rho_scale="coordinate"``, which is the paper to the letter.
+        bias_correction: ``lightsam_adam`` and ``lightsam`` only. Correct the bias of the moments, as Adam does, in
+            movements of that form. Default: true, except with ``rho_scale="coordinate"``, which is the paper to the
+            letter.
         ascent: ``lightsam`` only. Form of the ascent: ``"adam"``, ``"adagrad"`` or ``"adagrad_norm"``. Default:
             ``"adam"``.
         descent: ``lightsam``: form of the descent, as for ``ascent``. ``sam`` and the methods that are SAM with another
             perturbation: the optimizer that descends, ``"adamw"``, ``"sgd"``, ``"adafactor"`` or another of torch's.
             Default: ``"adam"`` and ``"adamw"``.
-        eta: ``asam`` only. Added to the weights' absolute values, at least 0. Default: 0.01.
+        eta: ``asam`` and ``lets_asam`` only. Added to the weights' absolute values, at least 0. Default: 0.01.
         alpha: ``monge_sam`` only. Length on the loss surface of a unit of the loss, at least 0. Default: 1; 0 is SAM.
         base_width: ``mup2`` and ``sp_lp`` only. Width (hidden size) at which they are SAM: that of the model on which
             ``rho`` was tuned. Default: 768.
@@ -90,6 +93,7 @@ class LightSAMTrainingArguments(TrainingArguments):
         mask_seed: ``ssam_dynamic`` only. Seed of the random choices. Default: 0.
         beta: ``esam`` only. Share of the weight tensors that a step perturbs, in (0, 1]. Default: 0.6.
         gamma: ``esam`` only. Share of the rows that a step descends on, in (0, 1]. Default: 0.5.
+        draw_seed: ``esam`` only. Seed of the draw of the tensors. Default: 0.
         interpolation: ``sampa`` only. The paper's lambda: share of the gradient at the look-ahead, from 0 to 1.
             Default: 0.2.
         rho_lr: ``lets_*`` only. Learning rate of the radius (of its logarithm, by Adam). Default: 0.01.
@@ -135,7 +139,7 @@ class LightSAMTrainingArguments(TrainingArguments):
     bias_correction: bool | None = field(
         default=None,
         metadata={
-            "help": "lightsam_adam only. Correct the bias of both movements' moments, as Adam does. Default: true, "
+            "help": "lightsam_adam and lightsam only. Correct the bias of the moments, as Adam does. Default: true, "
             "except with --rho_scale coordinate."
         },
     )
@@ -151,7 +155,7 @@ class LightSAMTrainingArguments(TrainingArguments):
         },
     )
     eta: float | None = field(
-        default=None, metadata={"help": "asam only. Added to the weights' absolute values. Default: 0.01."}
+        default=None, metadata={"help": "asam, lets_asam only. Added to the weights' absolute values. Default: 0.01."}
     )
     alpha: float | None = field(
         default=None,
@@ -207,6 +211,9 @@ class LightSAMTrainingArguments(TrainingArguments):
     )
     gamma: float | None = field(
         default=None, metadata={"help": "esam only. Share of the rows that a step descends on. Default: 0.5."}
+    )
+    draw_seed: int | None = field(
+        default=None, metadata={"help": "esam only. Seed of the draw of the tensors. Default: 0."}
     )
     interpolation: float | None = field(
         default=None, metadata={"help": "sampa only. Share of the gradient at the look-ahead, 0 to 1. Default: 0.2."}

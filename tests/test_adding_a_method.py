@@ -16,10 +16,8 @@ from pytorch_optimizer import GSAM as ThirdPartyGSAM  # noqa: N811
 from pytorch_optimizer import ProportionScheduler
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
-from transformers.training_args import OptimizerNames
 
-from hf_lightsam import RECIPES, UsageError, optimizer_cls_and_kwargs
+from hf_lightsam import RECIPES, UsageError, optimizer_cls_and_kwargs, unregister_method
 from hf_lightsam.loop import SharpnessAwareLoop
 from hf_lightsam.methods_table import method_info
 
@@ -31,13 +29,9 @@ def gsam() -> Iterator[Any]:
     """The class, with its name in the registries for as long as this module's tests run."""
     assert "gsam" not in RECIPES
     yield runpy.run_path(str(TUTORIALS / "gsam.py"))["GSAM"]
-    del RECIPES["gsam"]
-    _OPTIMIZER_HANDLERS.pop(OptimizerNames("gsam"))
-    OptimizerNames._member_names_.remove("GSAM")
-    for names in (OptimizerNames._member_map_, OptimizerNames._value2member_map_):
-        for key in ("GSAM", "gsam"):
-            names.pop(key, None)
-    type.__delattr__(OptimizerNames, "GSAM")
+    unregister_method("gsam")
+    with pytest.raises(UsageError, match="name='gsam': no method of the table"):
+        unregister_method("gsam")
     with pytest.raises(ValueError, match="gsam"):
         TrainingArguments("out", optim="gsam")
 

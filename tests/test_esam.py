@@ -680,7 +680,7 @@ def test_the_trainer_and_the_loop_take_the_same_steps(tmp_path: Path, accelerato
     loop = make_loop(
         accelerator,
         model,
-        lambda _: ESAM(groups, "sgd", lr=0.1, seed=trained.optimizer.optimizer.seed),
+        lambda _: ESAM(groups, "sgd", lr=0.1, draw_seed=trained.optimizer.optimizer.draw_seed),
         count_items=(lambda batch: (batch["labels"][..., 1:] != -100).sum()) if task == "causal_lm" else None,
     )
     for start in range(0, 32, 8):
@@ -768,8 +768,8 @@ def test_options() -> None:
                 ESAM(parameters, lr=0.1, **{name: value})
     with pytest.raises(UsageError, match=r"beta=2: expected"):
         ESAM([{"params": parameters, "beta": 2}], lr=0.1)
-    with pytest.raises(UsageError, match=r"seed=0\.5: expected a whole number"):
-        ESAM(parameters, lr=0.1, seed=0.5)
+    with pytest.raises(UsageError, match=r"draw_seed=0\.5: expected a whole number"):
+        ESAM(parameters, lr=0.1, draw_seed=0.5)
     optimizer = ESAM(parameters, lr=0.1)
     parameters[0].grad = torch.ones(2)
     with pytest.raises(RuntimeError, match=r"use hf_lightsam\.LightSAMTrainer, or hf_lightsam\.loop"):

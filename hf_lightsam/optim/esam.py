@@ -51,7 +51,7 @@ class ESAM(SAM):
         rho: Expected length of the perturbation, at least 0: it is ``rho / beta`` long. Default: 0.05.
         beta: Share of the parameter tensors that are perturbed, in (0, 1]. Default: 0.6, as in the authors' runs.
         gamma: Share of the rows of the descent, in (0, 1]. Default: 0.5, as there.
-        seed: Of the draw of the tensors, the same on all ranks. Default: 0.
+        draw_seed: Of the draw of the tensors, the same on all ranks. Default: 0.
         **options: As for :class:`SAM`.
 
     Memory beyond the descent's: one copy of the weights. Cost: a gradient of all rows, which spares up to ``1 - beta``
@@ -64,7 +64,7 @@ class ESAM(SAM):
 
     rule: ClassVar[type[Rule]] = DroppedGradient
     plan_class: ClassVar[type[GradientPlan]] = Selective
-    _copied: ClassVar[tuple[str, ...]] = (*SAM._copied, "gamma", "seed")
+    _copied: ClassVar[tuple[str, ...]] = (*SAM._copied, "gamma", "draw_seed")
     _model: nn.Module | None = None
 
     def __init__(
@@ -74,14 +74,14 @@ class ESAM(SAM):
         rho: float = 0.05,
         beta: float = 0.6,
         gamma: float = 0.5,
-        seed: int = 0,
+        draw_seed: int = 0,
         **options: Any,
     ) -> None:
         _check_share("beta", beta)
         self.gamma = _check_share("gamma", gamma)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise UsageError(f"seed={seed!r}: expected a whole number")
-        self.seed = seed
+        if isinstance(draw_seed, bool) or not isinstance(draw_seed, int):
+            raise UsageError(f"draw_seed={draw_seed!r}: expected a whole number")
+        self.draw_seed = draw_seed
         super().__init__(params, descent, rho, ascent_options={"beta": beta}, **options)
 
     def bind(self, model: nn.Module) -> None:
@@ -91,7 +91,7 @@ class ESAM(SAM):
     def make_plan(self, **options: Any) -> GradientPlan:
         """Return the plan of this optimizer; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
         self._has_plan = True
-        return Selective(self, self.gamma, self.seed, self._model, **options)
+        return Selective(self, self.gamma, self.draw_seed, self._model, **options)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

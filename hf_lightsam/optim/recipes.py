@@ -104,7 +104,7 @@ class Recipe:
         for name in options:
             if name not in self.options:
                 raise UsageError(f"{name}: not an option of {self.name}, which takes {', '.join(self.options)}")
-        arguments = {"lr": lr, **self.fixed, **self.prepare(_join_betas(dict(options)))}
+        arguments = {"lr": lr, **self.fixed, **self.prepare(join_betas(dict(options)))}
         self.optimizer([torch.zeros(1, requires_grad=True)], **arguments)  # the optimizer checks its own arguments
         return arguments
 
@@ -139,7 +139,7 @@ class Recipe:
         return options
 
 
-def _join_betas(options: dict[str, Any]) -> dict[str, Any]:
+def join_betas(options: dict[str, Any]) -> dict[str, Any]:
     """Replace ``beta1`` and ``beta2`` by ``betas``."""
     if "beta1" in options or "beta2" in options:
         options["betas"] = (options.pop("beta1", 0.9), options.pop("beta2", 0.999))
@@ -184,7 +184,7 @@ def _prepare_lightsam(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _over_a_descent(name: str, optimizer: type[SAM], summary: str, own: Mapping[str, Option], **row: Any) -> Recipe:
+def over_a_descent(name: str, optimizer: type[SAM], summary: str, own: Mapping[str, Option], **row: Any) -> Recipe:
     """Return the row of a method that is SAM with another ascent or plan, over any of the descents.
 
     Args:
@@ -243,7 +243,7 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2505.24399",
             copies="1 to 5",
         ),
-        _over_a_descent(
+        over_a_descent(
             "sam",
             SAM,
             "SAM: a fixed radius along the normalised gradient, over a torch optimizer",
@@ -251,7 +251,7 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2010.01412",
             copies="1 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "asam",
             ASAM,
             "ASAM: SAM with steps in proportion to the weights' own sizes",
@@ -267,7 +267,7 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2303.00565",
             copies="4",
         ),
-        _over_a_descent(
+        over_a_descent(
             "monge_sam",
             MongeSAM,
             "Monge SAM: SAM's perturbation, measured along the loss surface",
@@ -275,7 +275,7 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2502.08448",
             copies="1 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "mup2",
             MuP2SAM,
             "muP^2: SAM with the perturbation scaled by layer, for models initialised and trained in muP",
@@ -283,7 +283,7 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2411.00075",
             copies="1 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "sp_lp",
             SPLPSAM,
             "SP-LP: SAM with the perturbation scaled by layer, for the standard parametrisation (pretrained models)",
@@ -291,7 +291,7 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2411.00075",
             copies="1 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "ssam_fisher",
             SSAM,
             "SSAM-F: SAM that perturbs the weights of largest Fisher information only",
@@ -300,7 +300,7 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2210.05177",
             copies="1.25 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "ssam_dynamic",
             SSAM,
             "SSAM-D: SAM that perturbs a selection of the weights, a part of it exchanged at each refresh",
@@ -316,7 +316,7 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2210.05177",
             copies="1.25 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "msam",
             MSAM,
             "mSAM: SAM with a perturbation of its own for each of num_micro_batches shards of the rows",
@@ -324,15 +324,15 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2302.09693",
             copies="2 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "esam",
             ESAM,
             "ESAM: SAM over a random part of the tensors, descending on the rows that mind the perturbation most",
-            {"beta": _NUMBER, "gamma": _NUMBER, "seed": Option(int, "a whole number")},
+            {"beta": _NUMBER, "gamma": _NUMBER, "draw_seed": _COUNT},
             paper="arXiv 2110.03141",
             copies="1 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "sampa",
             SAMPa,
             "SAMPa: the two gradients do not wait for one another, and are taken on two processes at the same time",
@@ -340,21 +340,21 @@ RECIPES: dict[str, Recipe] = {
             paper="arXiv 2410.10683",
             copies="3 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "lets_sam",
             LETSSAM,
             "LETS-SAM: SAM whose radius is learned on validation rows",
             _LEARNED,
             paper="arXiv 2408.08222",
-            copies="4 + the descent's",
+            copies="3 to 5 + the descent's",
         ),
-        _over_a_descent(
+        over_a_descent(
             "lets_asam",
             LETSASAM,
             "LETS-ASAM: ASAM whose radius is learned on validation rows",
             {"eta": _NUMBER, **_LEARNED},
             paper="arXiv 2408.08222",
-            copies="4 + the descent's",
+            copies="3 to 5 + the descent's",
         ),
     )
 }

@@ -26,7 +26,7 @@ class SparseMask(TwoPass):
     are the same on all ranks.
     """
 
-    evaluations: ClassVar[str] = "2 (+ single rows at a refresh)"
+    evaluations: ClassVar[str] = "2 (+ single rows at a Fisher refresh)"
     refused_engines: ClassVar[dict[str, str]] = {
         "fsdp": "whose ranks hold parts of the model, while weights are selected over the whole of it"
     }
