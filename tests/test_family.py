@@ -74,6 +74,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
             if size == 2:
                 checkpoint = folder / "2" / method / "out" / "checkpoint-2"
                 cases.append({**case, "name": f"{method} resumed", "resume": str(checkpoint)})
+        local = {**options_of("sam", **EXACT), "per_device_train_batch_size": 8 // size, "sync_ascent": False}
+        cases.append({"name": "sam, local", "task": "classification", "num_rows": 24, "options": local})
         results[size] = train_on_ranks(folder / str(size), size, cases)
     return results
 
@@ -88,6 +90,11 @@ def test_two_ranks_make_the_step_of_one(ranks: dict[int, dict[str, Any]], method
         assert log["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert resumed["ranks_agree"]
     assert relative_difference(resumed["weights"], two["weights"]) == 0.0
+
+
+def test_a_shard_for_each_rank_is_a_local_ascent(ranks: dict[int, dict[str, Any]]) -> None:
+    assert relative_difference(ranks[2]["msam"]["weights"], ranks[2]["sam, local"]["weights"]) < 1e-6
+    assert relative_difference(ranks[2]["msam"]["weights"], ranks[1]["sam, local"]["weights"]) > 1e-6
 
 
 # ---- Resume ---------------------------------------------------------------------------------------------------------
