@@ -15,6 +15,7 @@ class Method:
         gradients: Gradients of the whole window that a step takes, counted in rows: a row run backward counts once.
         forwards: Runs of the whole window forward alone.
         evaluations: How the table of the methods says it.
+        tolerance: How far pieces and ranks may be, relatively, from the large batch.
         num_rows: Training rows, where not the usual number: some may be kept apart.
         shared_rows: Training rows for the comparison of ranks, where the usual number would be cut into other shards.
     """
@@ -23,6 +24,7 @@ class Method:
     gradients: float = 2.0
     forwards: float = 0.0
     evaluations: str = "2"
+    tolerance: float = 1e-6
     num_rows: int = 20
     shared_rows: int = 22
 
@@ -42,7 +44,8 @@ FAMILY: dict[str, Method] = {
     "ssam_dynamic": Method({"update_steps": 2}, evaluations="2 (+ single rows at a Fisher refresh)"),
     "esam": Method({"gamma": 0.5, "beta": 0.6}, 1.5, 1.0, evaluations="1 + gamma (+ a forward)"),
     "sampa": Method(evaluations="2 (1 after another on an even number of processes)"),
-    "lets_sam": Method({"validation_fraction": 0.2}, 4.0, 0.0, "2 + 2/rho_update_steps", num_rows=25, shared_rows=30),
-    "lets_asam": Method({"rho": 0.5, "validation_fraction": 0.2}, 4.0, 0.0, "2 + 2/rho_update_steps", 25, 30),
+    # The Adam that moves the radius scales up what is left of the difference of two losses, and its rounding.
+    "lets_sam": Method({"validation_fraction": 0.2}, 4.0, 0.0, "2 + 2/rho_update_steps", 1e-5, 25, 30),
+    "lets_asam": Method({"rho": 0.5, "validation_fraction": 0.2}, 4.0, 0.0, "2 + 2/rho_update_steps", 1e-5, 25, 30),
     "msam": Method({"num_micro_batches": 2}, shared_rows=24),
 }

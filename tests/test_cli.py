@@ -52,7 +52,7 @@ def test_a_few_steps_of_both(encoder: Path, tmp_path: Path, capsys: pytest.Captu
         (["--rho", "-1"], ["rho", "-1"]),
         (["--rho", "nan"], ["rho", "nan"]),
         (["--learning_rate", "-1"], ["learning_rate", "-1"]),
-        (["--optim", "lightsam"], ["lightsam", "lightsam_adam"]),
+        (["--optim", "lightsum"], ["lightsum", "lightsam_adam"]),
         (["--optim_args", "radius=1"], ["radius", "rho"]),
         (["--optim_args", "rho"], ["optim_args", "name=value"]),
         (["--optim_args", "betas=(2,0.9)"], ["betas"]),
