@@ -103,7 +103,7 @@ class SharpnessAwareMixin(_Base):
         self._losses: list[Tensor] = []
         self._loss_scaling_is_known = False
         self._resumed_from: str | None = None
-        self.run_rows: Callable[..., Tensor] | None = None
+        self.run_rows: Callable[..., Tensor] | None = None  # the trainer's training_step, while it trains
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
         if given is not None and given.should_save and is_registered(given.optim):
             check_output_dir(given.output_dir or ".")
@@ -309,7 +309,9 @@ class SharpnessAwareMixin(_Base):
                 self._plan.optimizer.restore()
             self._plan, self._window, self._losses, self._resumed_from = None, None, [], None
             if self.run_rows is not None:
-                self.training_step = self.run_rows  # type: ignore[method-assign]
+                del self.training_step  # the class's own again
+                if getattr(self.run_rows, "__func__", None) is not type(self).training_step:
+                    self.training_step = self.run_rows  # type: ignore[method-assign]  # one that was set by hand
                 self.run_rows = None
 
     def get_batch_samples(

@@ -794,7 +794,22 @@ def test_an_own_training_step_from_the_ground_up(tmp_path: Path) -> None:
     trainer.train()
     assert seen == 4 * [False, True]
     assert_same_weights(trainer.model, train(tmp_path).model)
-    assert trainer.training_step.__func__ is Own.training_step, "it is back when train() returns"
+    assert "training_step" not in vars(trainer), "the class's own is back when train() returns"
+
+
+def test_a_training_step_that_was_set_by_hand(tmp_path: Path) -> None:
+    trainer = LightSAMTrainer(make_bert(), make_args(tmp_path), train_dataset=make_rows())
+    original, seen = trainer.training_step, []
+
+    def step(*args: Any) -> torch.Tensor:
+        seen.append(len(args))
+        return original(*args)
+
+    trainer.training_step = step
+    trainer.train()
+    assert seen == 8 * [3]
+    assert trainer.training_step is step
+    assert_same_weights(trainer.model, train(tmp_path).model)
 
 
 def test_a_seq2seq_trainer(tmp_path: Path) -> None:
