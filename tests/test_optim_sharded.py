@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_lightsam.optim import SAM, LightSAM, SharpnessAwareOptimizer
-from hf_lightsam.optim.tensors import total_norm
+from hf_lightsam.tensors import total_norm
 
 WORLD = 2
 STEPS = 10

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hf_lightsam import SAM, Option, Recipe, UsageError, register_method
-from hf_lightsam.optim.tensors import local, total_norm
 from hf_lightsam.passes import GradientPlan, TwoPass, Window, WindowResult
 from hf_lightsam.passes.hessian import inner_product
 from hf_lightsam.passes.plan import added
+from hf_lightsam.tensors import local, total_norm
 
 
 class SurrogateGap(TwoPass):

@@ -14,10 +14,10 @@ from ..errors import UsageError
 from ..passes.hessian import refuse_reentrant_checkpoints
 from ..passes.learned_radius import HYPERGRADIENTS, LearnedRadius
 from ..passes.plan import GradientPlan
+from ..tensors import local
 from .asam import ASAM
 from .rules.base import Group
 from .sam import SAM
-from .tensors import local
 from .validation import Params, check_choice, check_count, check_number
 
 UPPER_BETAS = (0.9, 0.999)

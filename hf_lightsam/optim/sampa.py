@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..passes.parallel import Parallel
 from ..passes.plan import GradientPlan
+from ..tensors import copy_, local, total_norm
 from .rules import NormalizedGradient
 from .rules.base import Group, by_device
 from .sam import SAM
-from .tensors import copy_, local, total_norm
 from .validation import Params, check_number
 
 

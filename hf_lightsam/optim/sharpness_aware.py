@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..passes.plan import GradientPlan
 from ..passes.two_pass import TwoPass
+from ..tensors import check_gradient, copy_, difference_norm, local, total_norm
 from .rules import Rule
-from .rules.base import Group, check_gradient
-from .tensors import copy_, difference_norm, local, total_norm
+from .rules.base import Group
 from .validation import Params, check_choice, check_number, check_parameter
 
 RHO_SCALES = ("global", "coordinate")

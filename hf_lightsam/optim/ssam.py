@@ -11,12 +11,12 @@ from torch import Tensor
 from ..errors import UsageError
 from ..passes.plan import GradientPlan
 from ..passes.sparse_mask import SparseMask
+from ..tensors import total_norm
 from .masks import Mask, cosine_drop_share, drop_and_grow, n_of_m_mask, num_perturbed, random_scores, top_k_mask
 from .rules import Rule
 from .rules.base import Group
 from .rules.masked_gradient import MaskedGradient, refuse_shard
 from .sam import SAM
-from .tensors import total_norm
 from .validation import Params, check_choice, check_count, check_number
 
 MASKS = ("fisher", "dynamic")

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UsageError
-from ..optim.tensors import local
+from ..tensors import local
 
 
 @contextmanager

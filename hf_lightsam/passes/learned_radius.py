@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..optim.tensors import local
+from ..tensors import local
 from .hessian import hessian_product, inner_product, twice_differentiable
 from .plan import WindowResult, added
 from .rng import RngState

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optim.tensors import local
+from ..tensors import local
 
 
 @torch.no_grad()

@@ -14,8 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
-from ..optim.rules.base import check_gradient
-from ..optim.tensors import local
+from ..tensors import check_gradient, local
 from .plan import GradientPlan, WindowResult, added
 from .running_statistics import modules_with_running_statistics
 from .window import Window

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..tensors import local, total_norm
+from ...tensors import local, total_norm
 from ..validation import Params, check_number
 from .base import Group, Kernels, Rule, by_device, local_gradients
 from .steepest import scaled_gradient_

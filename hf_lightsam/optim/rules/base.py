@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ..tensors import local, total_norm
+from ...tensors import check_gradient, local, total_norm
 from ..validation import Params, check_kernels, check_number, check_parameter
 
 Group = dict[str, Any]
@@ -252,13 +252,3 @@ def by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         lists.setdefault(tensor.device, []).append(tensor)
     return list(lists.values())
-
-
-def check_gradient(parameter: Tensor) -> None:
-    """Refuse a sparse gradient: norms, accumulators and restores here are of whole tensors."""
-    assert parameter.grad is not None
-    if parameter.grad.is_sparse:
-        raise UsageError(
-            f"params: the gradient of a parameter of shape {tuple(parameter.shape)} is sparse; expected a dense one "
-            "(for an embedding pass sparse=False)"
-        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensors import total_norm
+from ...tensors import total_norm
 from ..validation import Params
 from .base import Group, Kernels, Rule, gradient_norm
 from .normalized_gradient import NORM_FLOOR

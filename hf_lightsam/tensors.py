@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
+from .errors import UsageError
+
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the shard that this rank holds of each tensor (the tensor itself where it is not sharded).
@@ -61,3 +63,13 @@ def difference_norm(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor
     """Return the L2 norm of ``first - second`` over all tensors, with one temporary of the size of the largest."""
     norms = [total_norm([a - b]) for a, b in zip(first, second, strict=True)]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def check_gradient(parameter: Tensor) -> None:
+    """Refuse a sparse gradient: norms, accumulators and restores here are of whole tensors."""
+    assert parameter.grad is not None
+    if parameter.grad.is_sparse:
+        raise UsageError(
+            f"params: the gradient of a parameter of shape {tuple(parameter.shape)} is sparse; expected a dense one "
+            "(for an embedding pass sparse=False)"
+        )
