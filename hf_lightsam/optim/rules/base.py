@@ -160,7 +160,7 @@ class Rule(torch.optim.Optimizer, ABC):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     check_gradient(parameter)
-                    if not self.state[parameter]:
+                    if not self.state.get(parameter):
                         self._init_state(parameter, group)
 
     def _use_fused(self, group: Group, parameters: Sequence[Tensor]) -> bool:
