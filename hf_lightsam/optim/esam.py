@@ -88,10 +88,8 @@ class ESAM(SAM):
         """Note the model, which says whether gradients can be left out; see :class:`SharpnessAwareOptimizer`."""
         self._model = model
 
-    def make_plan(self, **options: Any) -> GradientPlan:
-        """Return the plan of this optimizer; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
-        self._has_plan = True
-        return Selective(self, self.gamma, self.draw_seed, self._model, **options)
+    def _plan_options(self) -> dict[str, Any]:
+        return {"gamma": self.gamma, "seed": self.draw_seed, "model": self._model}
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

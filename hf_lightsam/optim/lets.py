@@ -76,10 +76,8 @@ class LearnedRadiusSAM(SAM):
                 "or a model that is not sharded"
             )
 
-    def make_plan(self, **options: Any) -> GradientPlan:
-        """Return the plan of this optimizer; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
-        self._has_plan = True
-        return LearnedRadius(self, self.hypergradient, **options)
+    def _plan_options(self) -> dict[str, Any]:
+        return {"hypergradient": self.hypergradient}
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

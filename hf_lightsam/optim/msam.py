@@ -49,7 +49,5 @@ class MSAM(SAM):
         self.num_micro_batches = check_count("num_micro_batches", num_micro_batches)
         super().__init__(params, descent, rho, **options)
 
-    def make_plan(self, **options: Any) -> GradientPlan:
-        """Return the plan of this optimizer; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
-        self._has_plan = True
-        return MicroBatch(self, self.num_micro_batches, **options)
+    def _plan_options(self) -> dict[str, Any]:
+        return {"num_micro_batches": self.num_micro_batches}

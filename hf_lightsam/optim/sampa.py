@@ -99,10 +99,8 @@ class SAMPa(SAM):
         """Note the model for the plan; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
         self._model = model
 
-    def make_plan(self, **options: Any) -> GradientPlan:
-        """Return the plan of this optimizer; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
-        self._has_plan = True
-        return Parallel(self, self.interpolation, getattr(self, "_model", None), **options)
+    def _plan_options(self) -> dict[str, Any]:
+        return {"interpolation": self.interpolation, "model": getattr(self, "_model", None)}
 
     # ---- For the plan -------------------------------------------------------------------------------------------
 

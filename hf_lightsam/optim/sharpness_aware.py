@@ -140,13 +140,17 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         """
 
     def make_plan(self, **options: Any) -> GradientPlan:
-        """Return a plan around this optimizer; methods whose plan has options of its own override it.
+        """Return a plan around this optimizer.
 
         Args:
             **options: ``replay_rng`` and ``sync_ascent`` of :class:`~hf_lightsam.passes.GradientPlan`.
         """
         self._has_plan = True
-        return self.plan_class(self, **options)
+        return self.plan_class(self, **self._plan_options(), **options)
+
+    def _plan_options(self) -> dict[str, Any]:
+        """Return what the method's plan takes beyond the options that all plans have."""
+        return {}
 
     # ---- Parameter groups -------------------------------------------------------------------------------------
 
