@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -15,6 +16,27 @@ from hf_lightsam import RECIPES, UsageError
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "compare_methods.py"
 METHODS = ["adamw_torch_fused", "sam:rho=0", "sam:rho=0.5,descent=sgd", "msam", "lets_sam"]
+METHODS_COMPARED = [
+    "adamw_torch_fused",
+    "lightsam_adam",
+    "lightsam_adagrad",
+    "lightsam_adagrad_norm",
+    "lightsam",
+    "sam",
+    "asam",
+    "adasam",
+    "monge_sam",
+    "mup2",
+    "sp_lp",
+    "ssam_fisher",
+    "ssam_dynamic",
+    "msam",
+    "esam",
+    "sampa",
+    "lets_sam",
+    "lets_asam",
+]
+"""Of the committed run, whose file does not grow with the family."""
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +155,21 @@ def test_methods_on_the_command_line(compare) -> None:
     assert [method.label for method in everything] == ["adamw_torch_fused", *RECIPES, "sam:rho=0.02"]
     with pytest.raises(UsageError, match="'sam:rho=1' is given twice"):
         compare.parse_methods(["sam:rho=1", "sam:rho=1"])
+
+
+def test_committed_results(compare) -> None:
+    """All methods, two tasks, three seeds; a method's row that is another's with its defaults gave the same scores."""
+    results = SCRIPT.parent / "results" / "compare_methods.csv"
+    runs = compare.read_results(results)
+    by_key = {(run["task"], int(run["seed"]), run["method"]): run for run in runs}
+    wanted = {(task, seed, name) for task in ("sst2", "stsb") for seed in range(3) for name in METHODS_COMPARED}
+    assert set(by_key) == wanted
+    assert len(runs) == len(wanted)
+    assert {run["settings"] for run in runs} == {compare._digest(json.loads(results.with_suffix(".json").read_text()))}
+    for task in ("sst2", "stsb"):
+        for seed in range(3):
+            first, second = (by_key[task, seed, name] for name in ("lightsam_adam", "lightsam"))
+            assert first["score"] == second["score"]
 
 
 @pytest.mark.parametrize(
