@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from hf_lightsam.demo.report import Run, markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -37,3 +39,11 @@ def test_links_and_pictures_of_the_readme_exist() -> None:
 def test_the_demo_table_is_the_one_it_printed() -> None:
     runs = [Run(**run) for run in json.loads((ROOT / "docs" / "demo.json").read_text())["runs"]]
     assert markdown_table(runs) in (ROOT / "README.md").read_text()
+
+
+def test_the_comparison_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import compare_methods
+
+    results = compare_methods.read_results(ROOT / "examples" / "results" / "compare_methods.csv")
+    assert compare_methods.table(results).strip() in (ROOT / "docs" / "comparison.md").read_text()
