@@ -206,11 +206,6 @@ class _LoopWindow(Window):
     def gather(self, tensor: Tensor) -> Tensor:
         return cast(Tensor, self.loop.accelerator.gather(tensor.unsqueeze(0)))
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        if self.world_size > 1:
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
-
     def zero_grad(self) -> None:
         self.loop.model.zero_grad()
 

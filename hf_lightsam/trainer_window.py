@@ -136,12 +136,6 @@ class TrainerWindow(Window):
         """See :class:`~hf_lightsam.passes.Window`."""
         return cast(Tensor, nested_gather(tensor.unsqueeze(0), self.trainer.args.parallel_mode))
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """See :class:`~hf_lightsam.passes.Window`."""
-        if self.world_size > 1:
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
-
     def zero_grad(self) -> None:
         """See :class:`~hf_lightsam.passes.Window`."""
         self._model.zero_grad()

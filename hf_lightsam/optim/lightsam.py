@@ -121,13 +121,6 @@ class LightSAM(SharpnessAwareOptimizer):
         of_ascent = moments if ascent == "adam" and descent != "adam" else {}
         super().__init__(params, rho, make_ascent, make_descent, rho_scale=scale, **of_ascent)
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a parameter group to both movements, as :meth:`torch.optim.Optimizer.add_param_group`."""
-        for option in ("betas", "bias_correction"):
-            if option in self.defaults:
-                param_group.setdefault(option, self.defaults[option])
-        super().add_param_group(param_group)
-
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         if "betas" in group:

@@ -109,13 +109,6 @@ class SAM(SharpnessAwareOptimizer):
 
         super().__init__(params, rho, make_ascent, make_descent, **shared)
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a parameter group to both movements, as :meth:`torch.optim.Optimizer.add_param_group`."""
-        for option in self.rule.shared_options:
-            if option in self.defaults:
-                param_group.setdefault(option, self.defaults[option])
-        super().add_param_group(param_group)
-
     def perturb(self) -> None:
         """Save the weights, and move them, as :meth:`SharpnessAwareOptimizer.perturb`.
 

@@ -163,6 +163,9 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._refuse_while_perturbed("add_param_group")
         for option in ("rho", "rho_scale", "sharpness_aware"):
             param_group.setdefault(option, self.defaults[option])
+        for option in self.ascent.shared_options:  # which the descent need not know
+            if option in self.defaults:
+                param_group.setdefault(option, self.defaults[option])
         self.descent.add_param_group(param_group)
         try:
             self._check_group(param_group)

@@ -126,25 +126,11 @@ class LearnedRadius(TwoPass):
                 ]
             )
             del fresh, of_moved
-        self._average_gradients(window)
+        if window.world_size > 1:  # a backward pass that keeps its graph cannot average itself
+            self.average_gradients(window, self.with_a_gradient_anywhere(window, parameters))
         self._moved, self._products = list(products), list(products.values())
         window.unscale(self._products)
         return losses
-
-    @torch.no_grad()
-    def _average_gradients(self, window: Window) -> None:
-        """Average the gradients over ranks: a backward pass that keeps its graph cannot do so itself."""
-        if window.world_size == 1:
-            return
-        parameters = self.parameters()
-        has_gradient = torch.tensor([p.grad is not None for p in parameters], device=window.device)
-        # A rank whose rows leave out what others' rows use takes part with zeros.
-        for parameter, anywhere in zip(parameters, window.gather(has_gradient).any(dim=0).tolist(), strict=True):
-            if anywhere and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = self.gradients()
-        window.sum_(gradients)
-        torch._foreach_div_(gradients, window.world_size)
 
     def after_step(self, window: Window) -> dict[str, Tensor]:
         """Let the radius take its step; see :class:`GradientPlan`.

@@ -175,6 +175,22 @@ class GradientPlan(ABC):
         for parameter, gradient in zip(self.parameters(), held, strict=True):
             parameter.grad = gradient
 
+    @torch.no_grad()
+    def average_gradients(self, window: Window, parameters: Sequence[Tensor]) -> None:
+        """Average gradients over ranks, outside of the engine: the same parameters on all of them, zeros for none."""
+        if window.world_size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        window.average_([p.grad for p in parameters if p.grad is not None])
+
+    def with_a_gradient_anywhere(self, window: Window, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return those of ``parameters`` that have a gradient on any rank; waits for the device."""
+        has = torch.tensor([p.grad is not None for p in parameters], device=window.device)
+        anywhere = window.gather(has.int()).amax(dim=0).bool().tolist()
+        return [p for p, has_one in zip(parameters, anywhere, strict=True) if has_one]
+
 
 def added(losses: Sequence[Tensor]) -> Tensor:
     """Return the sum of scalar tensors."""

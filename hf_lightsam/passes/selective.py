@@ -144,7 +144,7 @@ class Selective(GradientPlan):
             with without_gradients(others):
                 losses = self._run(window, before, states, sync=self.sync_ascent and not others)
             if others and self.sync_ascent:
-                self._average(window, drawn)
+                self.average_gradients(window, drawn)
             return losses
         losses = self._run(window, before, states, sync=self.sync_ascent)
         if not is_known:
@@ -318,9 +318,7 @@ class Selective(GradientPlan):
             self.second_pass(window, [one_row], states[0], sync=False)
             torch._foreach_zero_([p.grad for p in parameters if p.grad is not None])
         if choice.a_rank_has_none:
-            has = torch.tensor([p.grad is not None for p in parameters], device=window.device)
-            anywhere = window.gather(has.int()).amax(dim=0).bool().tolist()
-            self._average(window, [p for p, has_one in zip(parameters, anywhere, strict=True) if has_one])
+            self.average_gradients(window, self.with_a_gradient_anywhere(window, parameters))
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, torch.where(share > 0, 1.0 / share, 1.0))
@@ -329,18 +327,6 @@ class Selective(GradientPlan):
         """Return all parameters that get a gradient, also those that the optimizer does not have."""
         parameters = self.parameters() if self.model is None else list(self.model.parameters())
         return [parameter for parameter in parameters if parameter.requires_grad]
-
-    @torch.no_grad()
-    def _average(self, window: Window, parameters: Sequence[Tensor]) -> None:
-        """Average gradients over ranks, outside of the engine: the same parameters on all of them."""
-        if window.world_size == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        window.sum_(gradients)
-        torch._foreach_div_(gradients, float(window.world_size))
 
 
 def _rows_alone(batch: Any, rows: Sequence[int], length: int) -> Any:

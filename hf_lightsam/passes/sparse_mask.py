@@ -55,9 +55,8 @@ class SparseMask(TwoPass):
         parameters = cast("SSAM", self.optimizer).masked_parameters
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
         window.unscale(gradients)
-        if not self.sync_ascent and window.world_size > 1:
-            window.sum_(gradients)
-            torch._foreach_div_(gradients, float(window.world_size))
+        if not self.sync_ascent:
+            window.average_(gradients)
         return gradients
 
     def _fisher_information(self, window: Window) -> list[Tensor]:

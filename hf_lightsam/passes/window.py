@@ -96,9 +96,17 @@ class Window(ABC):
     def gather(self, tensor: Tensor) -> Tensor:
         """Return a tensor's values on all ranks, stacked along a new first dimension. All ranks must call it."""
 
-    @abstractmethod
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over ranks, in place. All ranks must call it."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over ranks, in place. All ranks must call it."""
+        if self.world_size > 1:
+            self.sum_(tensors)
+            torch._foreach_div_(list(tensors), float(self.world_size))
 
     @abstractmethod
     def zero_grad(self) -> None:

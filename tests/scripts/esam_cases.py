@@ -6,8 +6,6 @@ micro-batches. Weights are compared over ranks bit for bit.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from loop_cases import counter, flat, windows
+from ranks import run_cases
 from tasks import make_task
 
 from hf_lightsam.loop import SharpnessAwareLoop
@@ -56,14 +55,4 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    results = {case["name"]: run(case) for case in json.loads((folder / "cases.json").read_text())}
-    is_distributed = torch.distributed.is_initialized()
-    if not is_distributed or torch.distributed.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
-    if is_distributed:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)  # threads of gloo's that are still there now and then abort an interpreter that shuts down
+    run_cases(Path(sys.argv[1]), run)

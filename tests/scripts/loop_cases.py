@@ -6,8 +6,6 @@ for each rank the rows of its micro-batches and ``spoilt`` the calls of backward
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from ranks import run_cases
 from tasks import make_task
 from torch import Tensor, nn
 
@@ -119,12 +118,4 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    results = {case["name"]: run(case) for case in json.loads((folder / "cases.json").read_text())}
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # threads of gloo's that are still there now and then abort an interpreter that shuts down
+    run_cases(Path(sys.argv[1]), run)

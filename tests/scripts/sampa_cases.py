@@ -6,9 +6,9 @@ the model a BatchNorm before its classifier, ``spoilt`` names calls of backward 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import train_cases
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from ranks import run_cases
 from tasks import make_task
 from torch import Tensor, nn
 
@@ -124,18 +125,9 @@ def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     if "HF_LIGHTSAM_TEST_DEVICE" in os.environ:
         import engine_cases
 
         engine_cases.allow_fsdp_on_cpu()
     folder = Path(sys.argv[1])
-    results = {case["name"]: run(folder, case) for case in json.loads((folder / "cases.json").read_text())}
-    is_distributed = torch.distributed.is_initialized()
-    if not is_distributed or torch.distributed.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
-    if is_distributed:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)  # threads of gloo's that are still there now and then abort an interpreter that shuts down
+    run_cases(folder, partial(run, folder))

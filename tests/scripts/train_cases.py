@@ -6,9 +6,8 @@ raise a ``UsageError``, whose text is written. Weights are compared over ranks b
 
 from __future__ import annotations
 
-import json
-import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from conftest import train, weights
+from ranks import run_cases
 from tasks import make_task
 
 from hf_lightsam import UsageError
@@ -46,14 +46,5 @@ def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    results = {case["name"]: run(folder, case) for case in json.loads((folder / "cases.json").read_text())}
-    is_distributed = torch.distributed.is_initialized()
-    if not is_distributed or torch.distributed.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
-    if is_distributed:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)  # threads of gloo's that are still there now and then abort an interpreter that shuts down
+    run_cases(folder, partial(run, folder))

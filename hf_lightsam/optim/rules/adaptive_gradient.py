@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from ...tensors import local, total_norm
 from ..validation import Params, check_number
-from .base import Group, Kernels, Rule, by_device, local_gradients
+from .base import Group, Kernels, by_device, local_gradients
+from .normalized_gradient import NormalizedGradient
 from .steepest import scaled_gradient_
 
 NORM_FLOOR = 1e-16
@@ -21,7 +22,7 @@ CHUNK_SIZE = 2**24
 """Elements for which temporaries live at one time, unless one tensor alone has more."""
 
 
-class AdaptiveGradient(Rule):
+class AdaptiveGradient(NormalizedGradient):
     r"""Steps of ASAM: the normalised gradient in coordinates that are relative to the size of each weight.
 
     .. math:: w = x \pm \eta \, T^2 g / (\lVert T g \rVert_2 + 10^{-16}), \qquad
@@ -44,13 +45,11 @@ class AdaptiveGradient(Rule):
         **options: ``weight_decay``, ``maximize``, ``foreach``, ``fused`` of :class:`~hf_lightsam.optim.rules.Rule`.
     """
 
-    has_state = False
-    scale_on_device = True
+    norm_floor = NORM_FLOOR
     shared_options = ("eta", "is_weight")
 
     def __init__(self, params: Params, lr: float, *, eta: float = 0.01, **options: Any) -> None:
         super().__init__(params, lr, eta=eta, **options)
-        self._inverse_norm: Tensor | None = None
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -65,10 +64,9 @@ class AdaptiveGradient(Rule):
             scaled_norm = self._scaled_norm(parameters)
             super().ascend(groups, torch.where(torch.isfinite(grad_norm), scaled_norm, grad_norm.to(scaled_norm)))
 
-    def _prepare(self, parameters: Sequence[Tensor], grad_norm: Tensor | None, skip: Tensor | None) -> None:
+    def _length(self, parameters: Sequence[Tensor], grad_norm: Tensor | None) -> Tensor:
         # From `ascend` the norm is that of T g already.
-        norm = self._scaled_norm(parameters) if grad_norm is None else grad_norm
-        self._inverse_norm = 1.0 / (norm + NORM_FLOOR)
+        return self._scaled_norm(parameters) if grad_norm is None else grad_norm
 
     def _scaled_norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return the norm of T g over all of ``parameters``, and over all shards."""
@@ -97,9 +95,6 @@ class AdaptiveGradient(Rule):
         for part in _chunks(weights):
             directions = _scaled(weights[part], gradients[part], etas[part], power=2)
             scaled_gradient_(weights[part], directions, group["lr"] * self._inverse_norm, group["maximize"], kernels)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_inverse_norm": None}
 
 
 def find_weights(group: Group, names: Mapping[Tensor, str]) -> list[bool]:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ...tensors import total_norm
 from ..validation import Params
-from .base import Group, Kernels, Rule, gradient_norm
-from .normalized_gradient import NORM_FLOOR
+from .base import Group, Kernels, gradient_norm
+from .normalized_gradient import NormalizedGradient
 from .steepest import scaled_gradient_
 
 
-class LayerwiseGradient(Rule):
+class LayerwiseGradient(NormalizedGradient):
     r"""Steps along the layerwise scaled gradient of all parameters, taken as one vector.
 
     .. math::
@@ -34,9 +34,6 @@ class LayerwiseGradient(Rule):
         **options: ``weight_decay``, ``maximize``, ``foreach``, ``fused`` of :class:`~hf_lightsam.optim.rules.Rule`.
     """
 
-    has_state = False
-    scale_on_device = True
-
     def __init__(
         self,
         params: Params,
@@ -47,19 +44,16 @@ class LayerwiseGradient(Rule):
         **options: Any,
     ) -> None:
         super().__init__(params, lr, multipliers=multipliers, factor=factor, **options)
-        self._inverse_norm: Tensor | None = None
 
-    def _prepare(self, parameters: Sequence[Tensor], grad_norm: Tensor | None, skip: Tensor | None) -> None:
+    def _length(self, parameters: Sequence[Tensor], grad_norm: Tensor | None) -> Tensor:
         multipliers = {key: c for group in self.param_groups for key, c in _multipliers(group).items()}
         alike = _split(parameters, multipliers)
         if len(alike) == 1:  # at base width: the norm that is known already, as SAM takes it
-            norm = gradient_norm(parameters, grad_norm) * next(iter(alike))
-        else:
-            norms = [c * total_norm([parameters[i].grad for i in members]) for c, members in alike.items()]  # type: ignore[misc]
-            widest = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
-            device = parameters[0].device
-            norm = torch.linalg.vector_norm(torch.stack([n.to(device, widest, non_blocking=True) for n in norms]))
-        self._inverse_norm = 1.0 / (norm + NORM_FLOOR)
+            return gradient_norm(parameters, grad_norm) * next(iter(alike))
+        norms = [c * total_norm([parameters[i].grad for i in members]) for c, members in alike.items()]  # type: ignore[misc]
+        widest = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
+        device = parameters[0].device
+        return torch.linalg.vector_norm(torch.stack([n.to(device, widest, non_blocking=True) for n in norms]))
 
     def _update(
         self,
@@ -78,9 +72,6 @@ class LayerwiseGradient(Rule):
                 group["maximize"],
                 kernels,
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_inverse_norm": None}
 
 
 def _multipliers(group: Group) -> dict[int, float]:

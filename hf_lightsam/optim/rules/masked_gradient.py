@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...errors import UsageError
-from .base import Group, Kernels, gradient_norm
+from .base import Group, Kernels
 from .normalized_gradient import NormalizedGradient
 
 NORM_FLOOR = 1e-7
@@ -40,6 +40,7 @@ class MaskedGradient(NormalizedGradient):
     """
 
     has_state = True
+    norm_floor = NORM_FLOOR
 
     def set_masks(self, parameters: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         """Make ``masks`` (bool, the parameters' shapes) those of ``parameters`` from now on.
@@ -67,9 +68,6 @@ class MaskedGradient(NormalizedGradient):
     def _init_state(self, parameter: Tensor, group: Group) -> None:
         refuse_shard(parameter)
         self.state[parameter]["mask"] = _mask_like(parameter, torch.ones((), dtype=torch.bool))
-
-    def _prepare(self, parameters: Sequence[Tensor], grad_norm: Tensor | None, skip: Tensor | None) -> None:
-        self._inverse_norm = 1.0 / (gradient_norm(parameters, grad_norm) + NORM_FLOOR)
 
     def _update(
         self,

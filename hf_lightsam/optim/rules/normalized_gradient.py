@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -32,12 +32,19 @@ class NormalizedGradient(Rule):
     has_state = False
     scale_on_device = True
 
+    norm_floor: ClassVar[float] = NORM_FLOOR
+    """Added to the norm."""
+
     def __init__(self, params: Params, lr: float, **options: Any) -> None:
         super().__init__(params, lr, **options)
         self._inverse_norm: Tensor | None = None
 
     def _prepare(self, parameters: Sequence[Tensor], grad_norm: Tensor | None, skip: Tensor | None) -> None:
-        self._inverse_norm = 1.0 / (gradient_norm(parameters, grad_norm) + NORM_FLOOR)
+        self._inverse_norm = 1.0 / (self._length(parameters, grad_norm) + self.norm_floor)
+
+    def _length(self, parameters: Sequence[Tensor], grad_norm: Tensor | None) -> Tensor:
+        """Return the norm by which the gradient is divided, over all parameters; subclasses measure another."""
+        return gradient_norm(parameters, grad_norm)
 
     def _update(
         self,
