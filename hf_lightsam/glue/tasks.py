@@ -1,39 +1,32 @@
-"""The nine tasks of GLUE: columns, labels, files and metrics, as in ``nyu-mll/glue`` and in the official files."""
+"""The tasks of GLUE, as in ``nyu-mll/glue`` and in the official files, and what is known of any text task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from ..errors import UsageError
 
 
 @dataclass(frozen=True)
-class GlueTask:
-    """One task.
+class TextTask:
+    """A text classification or regression: what model, tokenizer and metrics have to know of it.
 
     Attributes:
-        name: Name on the command line and of the configuration of ``nyu-mll/glue``.
-        folder: Folder of the official download.
-        text_columns: Text columns, as the hub names them: one, or two for a pair.
-        tsv_text_columns: The same columns in the headers of the TSV files.
-        tsv_label_column: The label's column there; test files have none.
+        name: Short name, for file names and the model's configuration.
+        text_columns: Text columns: one, or two for a pair.
         labels: Names of the classes in order of their ids; empty for regression.
-        tsv_labels: What the TSV files write for each class, in the same order.
-        metrics: The official metrics; the first picks the best model.
-        split_suffixes: Suffixes of the development and test splits: MNLI has two of each.
-        score_range: Range of the scores, for regression.
+        metrics: Names of the metrics, of :data:`~hf_lightsam.glue.metrics.METRICS`; the first picks the best model.
+        validation_splits: Names of the development splits.
+        test_splits: Names of the test splits.
     """
 
     name: str
-    folder: str
     text_columns: tuple[str, ...]
-    tsv_text_columns: tuple[str, ...]
-    tsv_label_column: str
     labels: tuple[str, ...]
-    tsv_labels: tuple[str, ...]
     metrics: tuple[str, ...]
-    split_suffixes: tuple[str, ...] = ("",)
-    score_range: tuple[float, float] = (0.0, 5.0)
+    validation_splits: tuple[str, ...] = ("validation",)
+    test_splits: tuple[str, ...] = ("test",)
 
     @property
     def is_regression(self) -> bool:
@@ -45,18 +38,41 @@ class GlueTask:
         """Outputs of a model for the task: the number of classes, or 1 for a score."""
         return len(self.labels) or 1
 
-    @property
-    def validation_splits(self) -> tuple[str, ...]:
-        """Names of the development splits."""
-        return tuple(f"validation{suffix}" for suffix in self.split_suffixes)
+
+@dataclass(frozen=True, kw_only=True)
+class GlueTask(TextTask):
+    """One task of GLUE: also how its official files name and write what it has.
+
+    Attributes:
+        folder: Folder of the official download.
+        tsv_text_columns: The text columns in the headers of the TSV files.
+        tsv_label_column: The label's column there; test files have none.
+        tsv_labels: What the TSV files write for each class, in the order of ``labels``.
+        score_range: Range of the scores, for regression.
+        training_task: The task whose model answers, for a set without training rows.
+        has_broken_lines: Whether official files have lines of too few fields: QQP's have, and the hub leaves them out.
+        files: Where the one file of a task lies in the download, if that is not ``folder/split.tsv``.
+    """
+
+    folder: str
+    tsv_text_columns: tuple[str, ...]
+    tsv_label_column: str = "label"
+    tsv_labels: tuple[str, ...] = ()
+    score_range: tuple[float, float] = (0.0, 5.0)
+    training_task: str | None = None
+    has_broken_lines: bool = False
+    files: tuple[str, ...] = ()
 
     @property
-    def test_splits(self) -> tuple[str, ...]:
-        """Names of the test splits."""
-        return tuple(f"test{suffix}" for suffix in self.split_suffixes)
+    def splits(self) -> tuple[str, ...]:
+        """Names of all splits, in the order train, validation, test."""
+        train = () if self.training_task else ("train",)
+        return (*train, *self.validation_splits, *self.test_splits)
 
     def file_name(self, split: str) -> str:
         """Return the name of the TSV file of a split: ``dev_matched.tsv`` for ``validation_matched``."""
+        if self.files:
+            return PurePosixPath(self.files[0]).name
         return f"{split.replace('validation', 'dev')}.tsv"
 
 
@@ -104,7 +120,6 @@ _TASKS = (
         tsv_text_columns=_TWO,
         tsv_label_column="score",
         labels=(),
-        tsv_labels=(),
         metrics=("pearson", "spearmanr"),
     ),
     GlueTask(
@@ -115,6 +130,7 @@ _TASKS = (
         tsv_label_column="is_duplicate",
         labels=("not_duplicate", "duplicate"),
         tsv_labels=_NUMBERS,
+        has_broken_lines=True,
         metrics=("f1", "accuracy"),
     ),
     GlueTask(
@@ -126,7 +142,8 @@ _TASKS = (
         labels=_INFERENCE,
         tsv_labels=_INFERENCE,
         metrics=("accuracy",),
-        split_suffixes=("_matched", "_mismatched"),
+        validation_splits=("validation_matched", "validation_mismatched"),
+        test_splits=("test_matched", "test_mismatched"),
     ),
     GlueTask(
         name="qnli",
@@ -161,7 +178,21 @@ _TASKS = (
 )
 
 TASKS: dict[str, GlueTask] = {task.name: task for task in _TASKS}
-"""The tasks by name."""
+"""The nine tasks by name."""
+
+DIAGNOSTIC = GlueTask(
+    name="ax",
+    folder="diagnostic",
+    text_columns=("premise", "hypothesis"),
+    tsv_text_columns=_TWO,
+    labels=_INFERENCE,
+    tsv_labels=_INFERENCE,
+    metrics=("matthews_correlation",),
+    validation_splits=(),
+    training_task="mnli",
+    files=("diagnostic/diagnostic.tsv", "AX/AX.tsv", "AX.tsv", "diagnostic.tsv", "ax/test.tsv"),
+)
+"""The diagnostic set AX: test rows only, answered by a model trained on MNLI; no part of the GLUE average."""
 
 
 def normalized(name: str) -> str:
@@ -170,12 +201,12 @@ def normalized(name: str) -> str:
 
 
 def get_task(name: str) -> GlueTask:
-    """Return a task by its name, in any of the usual spellings.
+    """Return a task, or the diagnostic set ``ax``, by its name in any of the usual spellings.
 
     Raises:
         UsageError: For a name that is none of them.
     """
-    task = TASKS.get(normalized(name))
+    task = {**TASKS, DIAGNOSTIC.name: DIAGNOSTIC}.get(normalized(name))
     if task is None:
-        raise UsageError(f"task_name={name!r}: expected one of {', '.join(TASKS)}")
+        raise UsageError(f"task_name={name!r}: expected one of {', '.join(TASKS)}, or {DIAGNOSTIC.name}")
     return task
