@@ -19,73 +19,22 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
 from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments, UsageError
 from hf_lightsam.errors import report_usage_errors
-from hf_lightsam.glue import TASKS, GlueTask, get_task, load_glue, make_compute_metrics, preprocess
+from hf_lightsam.glue import GlueTask, load_glue, preprocess
+from hf_lightsam.glue.arguments import DataArguments, ModelArguments
+from hf_lightsam.glue.finetuning import build_trainer, evaluate, load_model, load_tokenizer, predict
 from hf_lightsam.interruptible import resolve_checkpoint, train_interruptibly
 
 PROGRAM = "run_glue.py"
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DataArguments:
-    """Which task, from where, and how much of it."""
-
-    task_name: str = field(metadata={"help": f"The GLUE task: {', '.join(TASKS)}."})
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder in GLUE's own TSV layout (CoLA/train.tsv, ...). Default: nyu-mll/glue from the hub."},
-    )
-    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to so many tokens."})
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad all inputs to max_seq_length, not each batch to its longest."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many rows of each evaluation split."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use so many rows of each test split."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-
-    def __post_init__(self) -> None:
-        """Check what can be checked before anything is loaded."""
-        self.task = get_task(self.task_name)
-        for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name}={value!r}: expected a whole number above 0")
-
-
-@dataclass
-class ModelArguments:
-    """Which model to fine-tune."""
-
-    model_name_or_path: str = field(metadata={"help": "A folder, or a name on the hub."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Another tokenizer than the model's."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where what comes from the hub is kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
-    token: str | None = field(default=None, metadata={"help": "Token for the hub, for private models."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Replace a classification head of another size by a new one."}
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -116,21 +65,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         needed += list(task.validation_splits) if args.do_eval else []
         needed += list(task.test_splits) if args.do_predict else []
         raw = load_glue(task, data_arguments.data_dir, splits=needed)
-        model, tokenizer = _load_model(model_arguments, task)
+        tokenizer = load_tokenizer(model_arguments)
+        model = load_model(model_arguments, task, tokenizer)
         rows = _prepare(raw, task, tokenizer, data_arguments, args)
-        trainer = LightSAMTrainer(
+        trainer = build_trainer(
             model,
+            tokenizer,
+            task,
             args,
-            train_dataset=rows.get("train"),
-            eval_dataset=rows[task.validation_splits[0]] if args.do_eval else None,
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(
-                tokenizer,
-                padding="max_length" if data_arguments.pad_to_max_length else True,
-                max_length=data_arguments.max_seq_length if data_arguments.pad_to_max_length else None,
-                pad_to_multiple_of=8 if args.fp16 and not data_arguments.pad_to_max_length else None,
-            ),
-            compute_metrics=make_compute_metrics(task),
+            rows.get("train"),
+            rows[task.validation_splits[0]] if args.do_eval else None,
+            pad_to=data_arguments.max_seq_length if data_arguments.pad_to_max_length else None,
         )
     if args.do_train:
         _train(trainer, checkpoint, command)
@@ -164,42 +109,6 @@ def _set_up_logging(args: LightSAMTrainingArguments) -> None:
     transformers.utils.logging.enable_explicit_format()
 
 
-def _load_model(arguments: ModelArguments, task: GlueTask) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    options: dict[str, Any] = {
-        "cache_dir": arguments.cache_dir,
-        "revision": arguments.model_revision,
-        "token": arguments.token,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-    try:
-        config = AutoConfig.from_pretrained(
-            arguments.model_name_or_path, num_labels=task.num_labels, finetuning_task=task.name, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or arguments.model_name_or_path, **options)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            arguments.model_name_or_path,
-            config=config,
-            ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
-            **options,
-        )
-    except OSError as error:
-        raise UsageError(f"model_name_or_path={arguments.model_name_or_path!r}: {error}") from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise UsageError(
-            f"model_name_or_path={arguments.model_name_or_path!r}: its classification head is not one for {task.name} "
-            f"({task.num_labels} outputs); expected another model, or --ignore_mismatched_sizes for a new head"
-        ) from error
-    if not task.is_regression:
-        model.config.id2label = dict(enumerate(task.labels))
-        model.config.label2id = {label: index for index, label in enumerate(task.labels)}
-    if tokenizer.pad_token is None:  # decoders have none; batches need one
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
-
-
 def _prepare(
     raw: datasets.DatasetDict,
     task: GlueTask,
@@ -229,11 +138,7 @@ def _train(trainer: LightSAMTrainer, checkpoint: str | None, command: Sequence[s
 
 def _evaluate(trainer: LightSAMTrainer, task: GlueTask, rows: datasets.DatasetDict) -> dict[str, float]:
     everything: dict[str, float] = {}
-    for split in task.validation_splits:
-        # "eval" for the split that all tasks have in common, "eval_mm" for MNLI's second one, as in the original script
-        prefix = "eval_mm" if split.endswith("mismatched") else "eval"
-        metrics = trainer.evaluate(rows[split], metric_key_prefix=prefix)
-        metrics[f"{prefix}_samples"] = len(rows[split])
+    for prefix, metrics in evaluate(trainer, task, rows).items():
         trainer.log_metrics(prefix, metrics)
         trainer.save_metrics(prefix, metrics)
         everything |= metrics
@@ -242,18 +147,14 @@ def _evaluate(trainer: LightSAMTrainer, task: GlueTask, rows: datasets.DatasetDi
 
 def _predict(trainer: LightSAMTrainer, task: GlueTask, rows: datasets.DatasetDict) -> None:
     for split in task.test_splits:
-        # The labels of test sets are not public; the columns hold -1.
-        predictions = trainer.predict(rows[split].remove_columns("label"), metric_key_prefix="predict").predictions
-        if isinstance(predictions, tuple):
-            predictions = predictions[0]
+        predictions = predict(trainer, task, rows[split])
         if trainer.is_world_process_zero():
             suffix = "-mm" if split.endswith("mismatched") else ""
             path = Path(str(trainer.args.output_dir)) / f"predict_results_{task.name}{suffix}.txt"
             with path.open("w", encoding="utf-8") as file:
                 file.write("index\tprediction\n")
-                for index, row in enumerate(predictions):
-                    answer = f"{float(row.squeeze()):.3f}" if task.is_regression else task.labels[int(row.argmax())]
-                    file.write(f"{index}\t{answer}\n")
+                for index, answer in enumerate(predictions):
+                    file.write(f"{index}\t{f'{answer:.3f}' if task.is_regression else task.labels[answer]}\n")
             logger.info("wrote %s", path)
 
 

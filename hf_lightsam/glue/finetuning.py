@@ -1,0 +1,162 @@
+"""Fine-tuning on a text task: model, Trainer, evaluation and prediction, as scripts, suite and tutorials share them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import UsageError
+from ..trainer import LightSAMTrainer
+from ..training_args import LightSAMTrainingArguments
+from .answers import answers
+from .arguments import ModelArguments
+from .metrics import make_compute_metrics
+from .tasks import TextTask
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, with something to pad by: decoders have none, and batches need one.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    name = arguments.tokenizer_name or arguments.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options(arguments))
+    except (OSError, ValueError) as error:
+        argument = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
+        raise UsageError(f"{argument}={name!r}: no tokenizer could be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(arguments: ModelArguments, task: TextTask, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the model with a head for the task. A new head's weights come from torch's random numbers: seed them first.
+
+    Args:
+        arguments: Which.
+        task: Gives the number of outputs and the names of the classes.
+        tokenizer: Gives the token to pad by.
+
+    Raises:
+        UsageError: If it cannot be loaded, or has a head of another size and ``ignore_mismatched_sizes`` is off.
+    """
+    source = arguments.model_name_or_path
+    options = _hub_options(arguments)
+    try:
+        config = AutoConfig.from_pretrained(source, num_labels=task.num_labels, finetuning_task=task.name, **options)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, ignore_mismatched_sizes=arguments.ignore_mismatched_sizes, **options
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model_name_or_path={source!r}: {error}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UsageError(
+            f"model_name_or_path={source!r}: its classification head is not one for {task.name} "
+            f"({task.num_labels} outputs); expected another model, or --ignore_mismatched_sizes for a new head"
+        ) from error
+    if not task.is_regression:
+        model.config.id2label = dict(enumerate(task.labels))
+        model.config.label2id = {label: index for index, label in enumerate(task.labels)}
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _hub_options(arguments: ModelArguments) -> dict[str, Any]:
+    return {
+        "cache_dir": arguments.cache_dir,
+        "revision": arguments.model_revision,
+        "token": arguments.token,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TextTask,
+    args: LightSAMTrainingArguments,
+    train: datasets.Dataset | None = None,
+    evaluation: datasets.Dataset | None = None,
+    pad_to: int | None = None,
+) -> LightSAMTrainer:
+    """Build the Trainer, with the task's metrics.
+
+    Args:
+        model: From :func:`load_model`.
+        tokenizer: From :func:`load_tokenizer`.
+        task: The task.
+        args: The Trainer's arguments.
+        train: Tokenized rows (:func:`~hf_lightsam.glue.preprocess`) to train on.
+        evaluation: Tokenized rows to evaluate on while training.
+        pad_to: Tokens that every row is padded to. None: each batch to its longest row.
+    """
+    collator = DataCollatorWithPadding(
+        tokenizer,
+        padding="max_length" if pad_to else True,
+        max_length=pad_to,
+        pad_to_multiple_of=8 if args.fp16 and not pad_to else None,
+    )
+    return LightSAMTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        data_collator=collator,
+        compute_metrics=make_compute_metrics(task),
+    )
+
+
+def evaluation_prefix(split: str) -> str:
+    """Return the prefix of a development split's metrics: ``eval``, and ``eval_mm`` for MNLI's second."""
+    return "eval_mm" if split.endswith("mismatched") else "eval"
+
+
+def evaluate(trainer: LightSAMTrainer, task: TextTask, rows: datasets.DatasetDict) -> dict[str, dict[str, float]]:
+    """Evaluate on all of a task's development splits.
+
+    Args:
+        trainer: From :func:`build_trainer`.
+        task: The task.
+        rows: Tokenized, by split.
+
+    Returns:
+        By prefix (:func:`evaluation_prefix`): what ``Trainer.evaluate`` gives, and the number of rows; the names have
+        the prefix before them, as in ``eval_mm_accuracy``.
+    """
+    metrics: dict[str, dict[str, float]] = {}
+    for split in task.validation_splits:
+        prefix = evaluation_prefix(split)
+        metrics[prefix] = trainer.evaluate(rows[split], metric_key_prefix=prefix)
+        metrics[prefix][f"{prefix}_samples"] = len(rows[split])
+    return metrics
+
+
+def predict(trainer: LightSAMTrainer, task: TextTask, rows: datasets.Dataset) -> np.ndarray:
+    """Predict rows; their labels, if any, are not looked at (those of GLUE's test rows are -1).
+
+    Args:
+        trainer: From :func:`build_trainer`.
+        task: The task.
+        rows: Tokenized rows of one split.
+
+    Returns:
+        Class ids, or scores for a regression; shape ``(rows,)``. All processes get them.
+    """
+    unlabeled = rows.remove_columns("label") if "label" in rows.column_names else rows
+    logits = trainer.predict(unlabeled, metric_key_prefix="predict").predictions
+    return answers(task, logits)
