@@ -7,6 +7,9 @@ from pathlib import PurePosixPath
 
 from ..errors import UsageError
 
+UNLABELED = -1
+"""The label of rows without one, such as GLUE's test rows, as on the hub."""
+
 
 @dataclass(frozen=True)
 class TextTask:
