@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("demo", help="fine-tune a small encoder on sentences made by a program", add_help=False)
+    commands.add_parser("glue", help="run GLUE tasks, methods and seeds, and compare the methods", add_help=False)
     commands.add_parser("methods", help="tell the methods of the optim flag, or all of one", add_help=False)
     commands.add_parser(
         "run", help="run a script with transformers' Trainer swapped for LightSAM's: run SCRIPT ...", add_help=False
@@ -40,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .methods_table import main as show_methods
 
         show_methods(arguments[1:])
+        return
+    if arguments[:1] == ["glue"]:
+        from .glue.suite.command import main as run_glue
+
+        run_glue(arguments[1:])
         return
     command, rest = parser.parse_known_args(arguments)
     if command.command == "demo":

@@ -1,0 +1,78 @@
+"""``hf-lightsam glue``: tasks, methods and seeds in one command, resumable, with tables and a submission file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+import datasets
+import torch
+import transformers
+
+from ...errors import report_usage_errors
+from ...interruptible import INTERRUPTED
+from .arguments import Request, parse
+from .runner import Suite
+from .store import read_results, write_atomically
+from .tables import tables
+
+PROGRAM = "hf-lightsam glue"
+TABLES = "tables.md"
+
+
+def main(argv: Sequence[str], program: str = PROGRAM) -> None:
+    """Run what the flags ask for, and print the tables.
+
+    Args:
+        argv: The arguments after the command's name.
+        program: What messages call the command.
+
+    Raises:
+        SystemExit: With status 2 for a request that cannot be carried out, after one line that says why; with 130 when
+            interrupted, after one that says how to go on.
+    """
+    with report_usage_errors(program):
+        request = parse(argv, program)
+        if request.arguments.table:
+            print(tables(read_results(request.output_dir), request.baseline))
+            return
+        quiet(request)
+        suite = Suite(request)
+    try:
+        suite.make_runs()
+        if suite.is_main:
+            _conclude(suite, program)
+    except KeyboardInterrupt:
+        if suite.is_main:
+            print(
+                f"\n{len(suite.done)} of {len(suite.runs())} runs are done. The same command goes on:", file=sys.stderr
+            )
+            print(f"  {shlex.join([*program.split(), *argv])}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        suite.close()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def quiet(request: Request) -> None:
+    """Keep bars and notes of the libraries from between the suite's own lines; ``log_level`` brings the notes back."""
+    if "log_level" not in request.given:
+        transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _conclude(suite: Suite, program: str) -> None:
+    """Print and write the tables, and the submission."""
+    results = read_results(suite.output_dir)
+    text = tables(results, suite.request.baseline)
+    write_atomically(suite.output_dir / TABLES, text + "\n")
+    print(text)
+    if suite.request.arguments.submission:
+        with report_usage_errors(program):
+            path = suite.write_submission(results)
+        print(f"\n{path}")

@@ -1,0 +1,219 @@
+"""Where the results of a suite are kept: an SQLite database, and a CSV file of the same for people and repositories.
+
+One line is one score: a run (task, method, options, seed) has a line for each development split and metric, all written
+in one transaction, so that a run is there or is not. ``settings.json`` beside it holds what the runs were made with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ...errors import UsageError
+
+COLUMNS: dict[str, str] = {
+    "task": "TEXT NOT NULL",
+    "method": "TEXT NOT NULL",
+    "options": "TEXT NOT NULL",
+    "seed": "INTEGER NOT NULL",
+    "split": "TEXT NOT NULL",
+    "metric": "TEXT NOT NULL",
+    "score": "REAL NOT NULL",
+    "eval_loss": "REAL",
+    "train_loss": "REAL",
+    "steps": "INTEGER",
+    "row_gradients": "INTEGER",
+    "train_seconds": "REAL",
+    "step_seconds": "REAL",
+    "peak_memory": "INTEGER",
+    "state_over_weights": "REAL",
+    "data": "TEXT NOT NULL",
+    "settings": "TEXT NOT NULL",
+    "hf_lightsam": "TEXT",
+    "torch": "TEXT",
+    "transformers": "TEXT",
+}
+"""Of both files. ``options``: as in ``optim_args``, or empty. ``eval_loss``: of the line's split. ``row_gradients``:
+rows whose gradient was taken, over all passes and processes. ``train_seconds``: of the steps; ``step_seconds``: their
+mean. ``peak_memory``: bytes, of the accelerator or (on CPUs) of the process. ``state_over_weights``: bytes of the
+optimizer's state over those of the weights. ``data``: digest of the training and development rows. ``settings``:
+digest of the settings."""
+
+KEY = ("task", "method", "options", "seed", "split", "metric")
+COSTS = ("train_seconds", "step_seconds", "peak_memory")
+"""Columns that differ when the same run is made again."""
+
+DATABASE = "results.sqlite"
+EXPORT = "results.csv"
+SETTINGS = "settings.json"
+LOCK = "suite.lock"
+
+RunKey = tuple[str, str, str, int]
+"""Task, method, options and seed of a run."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that at any time it is the old one or the new one, whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class Store:
+    """The results of one suite, which only one process at a time may add to.
+
+    Args:
+        folder: The suite's ``output_dir``; made if it is not there.
+
+    Raises:
+        UsageError: If another process has it open, or the database is none of this program's.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _acquire(self.folder / LOCK)
+        self._database = sqlite3.connect(self.folder / DATABASE)
+        try:
+            self._database.execute("PRAGMA synchronous=FULL")
+            columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+            with self._database:
+                self._database.execute(
+                    f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY ({', '.join(KEY)}))"
+                )
+            found = [line[1] for line in self._database.execute("PRAGMA table_info(results)")]
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise UsageError(f"output_dir={str(folder)!r}: {DATABASE} cannot be read: {error}") from error
+        if found != list(COLUMNS):
+            self.close()
+            raise UsageError(
+                f"output_dir={str(folder)!r}: {DATABASE} has the columns {', '.join(found)}; expected "
+                f"{', '.join(COLUMNS)}, or another folder"
+            )
+
+    def close(self) -> None:
+        """Close the database and let others have the folder."""
+        self._database.close()
+        self._lock.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+    def runs(self) -> dict[RunKey, tuple[str, str]]:
+        """Return the runs that are there, with the digests of their rows and of their settings."""
+        found = self._database.execute("SELECT DISTINCT task, method, options, seed, data, settings FROM results")
+        return {(task, method, options, seed): (data, made) for task, method, options, seed, data, made in found}
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Add a run, or put it in the place of the same run; it is on the disk before this returns.
+
+        Args:
+            lines: Its scores, each with all of :data:`COLUMNS`.
+        """
+        key = [lines[0][name] for name in KEY[:4]]
+        marks = ", ".join("?" for _ in COLUMNS)
+        with self._database:
+            self._database.execute("DELETE FROM results WHERE task=? AND method=? AND options=? AND seed=?", key)
+            self._database.executemany(
+                f"INSERT INTO results VALUES ({marks})", [[line[name] for name in COLUMNS] for line in lines]
+            )
+
+    def results(self) -> pd.DataFrame:
+        """Return all lines, in order of their keys."""
+        return _sorted(pd.read_sql("SELECT * FROM results", self._database))
+
+    def export(self) -> None:
+        """Write the CSV file anew."""
+        write_atomically(self.folder / EXPORT, self.results().to_csv(index=False, lineterminator="\n"))
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return the settings of the runs that are there; None for an empty store."""
+        path = self.folder / SETTINGS
+        if not path.is_file():
+            if self.runs():
+                raise UsageError(f"output_dir={str(self.folder)!r}: {SETTINGS} is missing beside {DATABASE}")
+            return None
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"output_dir={str(self.folder)!r}: {SETTINGS} is no JSON file: {error}") from None
+        return settings if self.runs() else None
+
+    def save_settings(self, settings: dict[str, Any]) -> None:
+        """Write the settings."""
+        write_atomically(self.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def _acquire(path: Path) -> sqlite3.Connection:
+    """Return what holds the folder until it is closed or its process has ended, however that ends."""
+    lock = sqlite3.connect(path, timeout=0.0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        lock.close()
+        raise UsageError(
+            f"output_dir={str(path.parent)!r}: another suite is running there; expected another folder, or to wait"
+        ) from None
+    return lock
+
+
+def read_results(path: str | Path) -> pd.DataFrame:
+    """Read the results of a suite.
+
+    Args:
+        path: A suite's folder (of which the database is read, and without one the CSV file), or one of the files.
+
+    Returns:
+        The columns of :data:`COLUMNS`, one line a run, split and metric, in order of their keys; ``options`` is text,
+        also where it is empty.
+
+    Raises:
+        UsageError: If there is no such file, or it is none of this program's.
+    """
+    given, path = str(path), Path(path)
+    if path.is_dir():
+        path = path / (DATABASE if (path / DATABASE).is_file() else EXPORT)
+    if not path.is_file():
+        raise UsageError(f"results={given!r}: no results there; expected the output_dir of a suite, or its {EXPORT}")
+    try:
+        if path.suffix == ".csv":
+            results = pd.read_csv(path, keep_default_na=True, dtype=_text_columns(), float_precision="round_trip")
+        else:
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+                results = pd.read_sql("SELECT * FROM results", database)
+    except (ValueError, pd.errors.DatabaseError, sqlite3.DatabaseError) as error:
+        raise UsageError(f"results={given!r}: {path.name} cannot be read: {error}") from error
+    missing = [name for name in COLUMNS if name not in results]
+    if missing:
+        raise UsageError(f"results={given!r}: {path.name} has no column {', '.join(missing)}; expected a suite's file")
+    results["options"] = results["options"].fillna("")
+    return _sorted(results)
+
+
+def _text_columns() -> dict[str, type]:
+    return {name: str for name, kind in COLUMNS.items() if kind.startswith("TEXT")}
+
+
+def _sorted(results: pd.DataFrame) -> pd.DataFrame:
+    return results.sort_values(list(KEY), ignore_index=True)
+
+
+def of_runs(results: pd.DataFrame, keys: Iterable[RunKey]) -> pd.DataFrame:
+    """Return the lines of some runs."""
+    wanted = set(keys)
+    own = [key in wanted for key in results[["task", "method", "options", "seed"]].itertuples(index=False, name=None)]
+    return results[own].reset_index(drop=True)
