@@ -24,7 +24,7 @@ class Progress(TrainerCallback):
         self._runs = tqdm(total=total, initial=done, unit="run", position=0, disable=not self._is_terminal)
         self._steps = tqdm(unit="step", position=1, leave=False, disable=not self._is_terminal)
         if is_shown and not self._is_terminal and done:
-            self._print(f"{done} of {total} runs were there already")
+            self.write(f"{done} of {total} runs were there already")
 
     def begin(self, name: str) -> None:
         """Tell which run begins."""
@@ -36,15 +36,17 @@ class Progress(TrainerCallback):
         self._done += 1
         self._runs.update()
         if self._is_shown and not self._is_terminal:
-            self._print(f"[{self._done}/{self._total}] {name}: {told}")
+            self.write(f"[{self._done}/{self._total}] {name}: {told}")
 
     def close(self) -> None:
         """Take the bars away."""
         self._steps.close()
         self._runs.close()
 
-    def _print(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+    def write(self, text: str) -> None:
+        """Tell something, above the bars."""
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the run's bar, at the step that it is resumed from."""

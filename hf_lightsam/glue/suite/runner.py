@@ -25,10 +25,11 @@ from ...errors import UsageError
 from ...trainer import LightSAMTrainer
 from ..answers import answers
 from ..arguments import ModelArguments
-from ..data import load_glue, preprocess
+from ..data import load_glue
 from ..finetuning import build_trainer, load_model, load_tokenizer, predict
-from ..metrics import glue_metrics
-from ..tasks import DIAGNOSTIC, GlueTask
+from ..metrics import task_metrics
+from ..preprocessing import tokenize
+from ..tasks import DIAGNOSTIC, TASKS, GlueTask
 from .arguments import Request, model_source, settings_digest
 from .measures import GradientCounter, RunMeasures, mean_training_loss
 from .methods import Method
@@ -101,7 +102,9 @@ class Suite:
         load_model(self._model_arguments, request.tasks[0], self._tokenizer)
         self._settings = request.settings()
         self._store: Store | None = None
+        self._evaluation_tokens: dict[str, datasets.DatasetDict] = {}
         self.done = set(self._on_main(self._open_store))
+        self._progress = Progress(len(self.runs()), len(self.done), self.is_main)
 
     # ---- Processes ----------------------------------------------------------------------------------------------
 
@@ -199,7 +202,6 @@ class Suite:
             KeyboardInterrupt: On Ctrl-C, after a checkpoint if a training was under way.
         """
         runs = self.runs()
-        progress = Progress(len(runs), len(self.done), self.is_main)
         try:
             for seed in self.request.seeds:
                 for task in self.request.tasks:
@@ -207,19 +209,33 @@ class Suite:
                     if missing:
                         rows = self._tokenized(self.rows[task.name], seed)
                         for run in missing:
-                            self._make(run, rows, progress)
+                            self._make(run, rows)
         finally:
-            progress.close()
+            self._progress.close()
 
     def _tokenized(self, rows: TaskRows, seed: int) -> datasets.DatasetDict:
-        raw = datasets.DatasetDict({"train": rows.train[seed], **rows.evaluation})
-        length = self.request.max_seq_length(rows.task)
-        with self._state.main_process_first():
-            return preprocess(raw, rows.task, self._tokenizer, length)
+        """Return a seed's training rows and the development rows; what was cut off is told at a task's first seed."""
+        if rows.task.name not in self._evaluation_tokens:
+            evaluation = self._tokenize(datasets.DatasetDict(rows.evaluation), rows.task, is_told=True)
+            train = self._tokenize(datasets.DatasetDict({"train": rows.train[seed]}), rows.task, is_told=True)
+            self._evaluation_tokens[rows.task.name] = evaluation
+        else:
+            train = self._tokenize(datasets.DatasetDict({"train": rows.train[seed]}), rows.task)
+        return datasets.DatasetDict({**train, **self._evaluation_tokens[rows.task.name]})
 
-    def _make(self, run: Run, rows: datasets.DatasetDict, progress: Progress) -> None:
+    def _tokenize(self, rows: datasets.DatasetDict, task: GlueTask, is_told: bool = False) -> datasets.DatasetDict:
+        length = self.request.max_seq_length(_trained_task(task))
+        with self._state.main_process_first():
+            tokenized, reports = tokenize(rows, task, self._tokenizer, length)
+        if is_told and self.is_main:
+            for report in reports.values():
+                if report.rows_cut:
+                    self._progress.write(f"{task.name}, {report}")
+        return tokenized
+
+    def _make(self, run: Run, rows: datasets.DatasetDict) -> None:
         """Train, evaluate and predict; write down in an order in which a kill between any two steps loses nothing."""
-        progress.begin(run.name)
+        self._progress.begin(run.name)
         folder = run.folder(self.output_dir / RUNS)
         args = self.request.training_arguments(run.task, run.method, run.seed, folder)
         set_seed(run.seed)  # the new head's weights
@@ -230,12 +246,12 @@ class Suite:
         trainer.remove_callback(PrinterCallback)
         measures = RunMeasures(counter)
         trainer.add_callback(measures)
-        trainer.add_callback(progress)
+        trainer.add_callback(self._progress)
         _train(trainer, self._on_main(lambda: _checkpoint(folder)))
         scores = self._evaluate(trainer, run, rows)
         for split, test in self._test_splits(run).items():
             task = DIAGNOSTIC if split == DIAGNOSTIC.name else run.task
-            tokens = preprocess(datasets.DatasetDict({split: test}), task, self._tokenizer, self._length(run))[split]
+            tokens = self._tokenize(datasets.DatasetDict({split: test}), task)[split]
             predicted = predict(trainer, run.task, tokens)
             if self.is_main:
                 save_predictions(self._prediction_file(run, split), np.asarray(test["idx"]), predicted)
@@ -245,10 +261,7 @@ class Suite:
         if self.is_main:
             self._write_down(run, trainer, measures, gradients, scores)
         self._state.wait_for_everyone()
-        progress.end(run.name, ", ".join(f"{line['metric']} {line['score']:.4f}" for line in scores))
-
-    def _length(self, run: Run) -> int:
-        return self.request.max_seq_length(run.task)
+        self._progress.end(run.name, ", ".join(f"{line['metric']} {line['score']:.4f}" for line in scores))
 
     def _evaluate(self, trainer: LightSAMTrainer, run: Run, rows: datasets.DatasetDict) -> list[dict[str, Any]]:
         """Return a line for each development split and metric, and write the predictions."""
@@ -259,7 +272,7 @@ class Suite:
             predicted, labels = answers(run.task, output.predictions), np.asarray(output.label_ids)
             is_finite = bool(np.all(np.isfinite(predicted)))
             scores = (
-                glue_metrics(run.task, predicted.tolist(), labels.tolist())
+                task_metrics(run.task, predicted.tolist(), labels.tolist())
                 if is_finite
                 else dict.fromkeys(run.task.metrics, 0.0)
             )
@@ -350,6 +363,11 @@ def best_seed(results: pd.DataFrame, task: GlueTask, method: Method) -> int:
     ]
     means = own.groupby("seed")["score"].mean()
     return int(means.idxmax())
+
+
+def _trained_task(task: GlueTask) -> GlueTask:
+    """Return the task itself, or for AX the one whose model answers it."""
+    return TASKS[task.training_task] if task.training_task else task
 
 
 def _load_test_rows(request: Request) -> dict[str, dict[str, datasets.Dataset]]:

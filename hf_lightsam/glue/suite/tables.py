@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from ..metrics import glue_average
 from ..tasks import TASKS
 from .methods import Method
 from .statistics import Summary, summarize
@@ -44,11 +45,9 @@ def glue_averages(results: pd.DataFrame) -> Scores:
         if set(lines["task"]) == set(TASKS):
             by_task: dict[str, dict[str, float]] = {}
             for line in lines.itertuples():
-                suffix = "_mm" if line.split.endswith("mismatched") else ""
-                by_task.setdefault(line.task, {})[f"{line.metric}{suffix}"] = line.score
-            scores.setdefault(label, {})[int(seed)] = statistics.fmean(
-                statistics.fmean(values.values()) for values in by_task.values()
-            )
+                prefix = "mm_" if line.split.endswith("mismatched") else ""
+                by_task.setdefault(line.task, {})[f"{prefix}{line.metric}"] = line.score
+            scores.setdefault(label, {})[int(seed)] = glue_average(by_task)
     return scores
 
 
