@@ -30,6 +30,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xl
 from .callbacks import LostPerturbationWarning, NonFiniteGradientWarning, StuckLossWarning
 from .checkpoints import check_output_dir, find_checkpoint, load_rank_state, save_rank_state
 from .errors import UsageError
+from .model_card.trainer_card import extend_card, keeping_the_model
 from .optim import SharpnessAwareOptimizer
 from .optim.recipes import get_recipe
 from .optim_flag import constructing_our_trainer, is_registered, optim_name
@@ -109,6 +110,7 @@ class SharpnessAwareMixin(_Base):
             check_output_dir(given.output_dir or ".")
         with constructing_our_trainer():
             super().__init__(*args, **kwargs)
+        self.optimizer_is_given = self.optimizer is not None
         if is_registered(self.args.optim):
             optimizer_arguments(self.args)  # options are checked now, not when training starts
         self._refuse_engines()
@@ -375,6 +377,19 @@ class SharpnessAwareMixin(_Base):
                 logs["perturbed_loss"] = logs["loss"] + logs["sharpness"]
             self._statistics.reset()
         super().log(logs, *args, **kwargs)
+
+    # ---- Sharing ------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card, as the Trainer's method; it also tells the method, its options and its sharpness."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_sharpness_aware and self.is_world_process_zero():
+            extend_card(cast(LightSAMTrainer, self))
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push, as the Trainer's method; where that fails, model and card are in ``output_dir`` all the same."""
+        with keeping_the_model(cast(LightSAMTrainer, self), kwargs):
+            return super().push_to_hub(*args, **kwargs)
 
     # ---- What a checkpoint of the Trainer's own leaves out -------------------------------------------------------
 
