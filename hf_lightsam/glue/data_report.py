@@ -178,7 +178,7 @@ class BlankReport:
     first: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.split}: {self.blank:,} rows have no text in {self.column!r} (rows {_listed(self.first)})"
+        return f"{self.split}: {self.blank:,} without text in {self.column!r} (rows {_listed(self.first)})"
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class DataReport:
 def report_rows(rows: datasets.DatasetDict, task: TextTask) -> DataReport:
     """Look at a task's rows before they are tokenized.
 
-    It takes about a second for 400,000 pairs. What truncation takes is known only after tokenizing:
+    It takes a few seconds for 400,000 pairs. What truncation takes is known only after tokenizing:
     :func:`~hf_lightsam.glue.preprocessing.tokenize`.
 
     Args:
@@ -260,7 +260,7 @@ def _blanks(split: str, rows: datasets.Dataset, task: TextTask) -> list[BlankRep
     for column in task.text_columns:
         blank = [index for index, text in enumerate(rows[column][:]) if is_blank(text)]
         if blank:
-            first = row_numbers(rows.select(blank[:SHOWN]))
+            first = row_numbers(rows)[blank[:SHOWN]]
             reports.append(BlankReport(split, column, len(blank), tuple(map(int, first))))
     return reports
 
