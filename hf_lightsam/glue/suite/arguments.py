@@ -129,6 +129,13 @@ class SuiteArguments(ModelArguments):
         default=None,
         metadata={"help": "So many rows of each development split, chosen at random once for all runs. Default: all."},
     )
+    sharpness_samples: int = field(
+        default=128,
+        metadata={
+            "help": "Measure the sharpness before and after training on so many training rows, the first of each "
+            "seed; 0 for none."
+        },
+    )
     submission: bool = field(
         default=False,
         metadata={
@@ -203,7 +210,7 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """Return what the runs are made with: ``shared`` by all, and of each of the ``tasks``."""
         arguments = self.arguments
-        names = ("tokenizer_name", "model_revision", "max_train_samples", "max_eval_samples")
+        names = ("tokenizer_name", "model_revision", "max_train_samples", "max_eval_samples", "sharpness_samples")
         first = self.training_arguments(self.tasks[0], self.methods[0], 0, self.output_dir)
         shared = {
             "model_name_or_path": arguments.model_name_or_path,

@@ -31,6 +31,7 @@ from ..metrics import task_metrics
 from ..preprocessing import tokenize
 from ..tasks import DIAGNOSTIC, TASKS, GlueTask
 from .arguments import Request, model_source, settings_digest
+from .flatness import sharpness
 from .measures import GradientCounter, RunMeasures, mean_training_loss
 from .methods import Method
 from .predictions import prediction_file, read_predictions, run_folder, save_predictions
@@ -240,10 +241,12 @@ class Suite:
         args = self.request.training_arguments(run.task, run.method, run.seed, folder)
         set_seed(run.seed)  # the new head's weights
         model = load_model(self._model_arguments, run.task, self._tokenizer)
-        counter = GradientCounter(model)
         first = rows[run.task.validation_splits[0]]
         trainer = build_trainer(model, self._tokenizer, run.task, args, rows["train"], first)
         trainer.remove_callback(PrinterCallback)
+        num_rows = self.request.arguments.sharpness_samples
+        before = sharpness(trainer, rows["train"], num_rows)
+        counter = GradientCounter(model)  # from here on: the sharpness is no cost of the method
         measures = RunMeasures(counter)
         trainer.add_callback(measures)
         trainer.add_callback(self._progress)
@@ -258,8 +261,9 @@ class Suite:
         gradients = sum(gather_object([measures.row_gradients]))
         if self.request.arguments.keep_models != "none":
             self._keep_model(trainer, run)
+        flatness = {"sharpness_before": before, "sharpness_after": sharpness(trainer, rows["train"], num_rows)}
         if self.is_main:
-            self._write_down(run, trainer, measures, gradients, scores)
+            self._write_down(run, trainer, measures, gradients, flatness, scores)
         self._state.wait_for_everyone()
         self._progress.end(run.name, ", ".join(f"{line['metric']} {line['score']:.4f}" for line in scores))
 
@@ -291,6 +295,7 @@ class Suite:
         trainer: LightSAMTrainer,
         measures: RunMeasures,
         gradients: int,
+        flatness: dict[str, float | None],
         scores: Sequence[dict[str, Any]],
     ) -> None:
         """Store a run, export the store, and drop what the run no longer needs."""
@@ -305,6 +310,7 @@ class Suite:
             "step_seconds": measures.train_seconds / max(steps, 1),
             "peak_memory": measures.peak_memory,
             "state_over_weights": measures.state_over_weights,
+            **flatness,
             "data": self.rows[run.task.name].digests[run.seed],
             "settings": settings_digest(self._settings, run.task.name),
             "hf_lightsam": __version__,

@@ -34,6 +34,8 @@ COLUMNS: dict[str, str] = {
     "step_seconds": "REAL",
     "peak_memory": "INTEGER",
     "state_over_weights": "REAL",
+    "sharpness_before": "REAL",
+    "sharpness_after": "REAL",
     "data": "TEXT NOT NULL",
     "settings": "TEXT NOT NULL",
     "hf_lightsam": "TEXT",
@@ -43,8 +45,9 @@ COLUMNS: dict[str, str] = {
 """Of both files. ``options``: as in ``optim_args``, or empty. ``eval_loss``: of the line's split. ``row_gradients``:
 rows whose gradient was taken, over all passes and processes. ``train_seconds``: of the steps; ``step_seconds``: their
 mean. ``peak_memory``: bytes, of the accelerator or (on CPUs) of the process. ``state_over_weights``: bytes of the
-optimizer's state over those of the weights. ``data``: digest of the training and development rows. ``settings``:
-digest of the settings."""
+optimizer's state over those of the weights. ``sharpness_before``, ``sharpness_after``: of
+:func:`~hf_lightsam.glue.suite.flatness.sharpness`, on the same training rows for all methods. ``data``: digest of the
+training and development rows. ``settings``: digest of the settings."""
 
 KEY = ("task", "method", "options", "seed", "split", "metric")
 COSTS = ("train_seconds", "step_seconds", "peak_memory")
