@@ -35,4 +35,4 @@ def sharpness(trainer: LightSAMTrainer, rows: datasets.Dataset, num_rows: int) -
         send_to_device(batch, trainer.args.device)
         for batch in DataLoader(chosen, batch_size=M, collate_fn=trainer.data_collator)
     ]
-    return m_sharpness(trainer.model, batches, rho=RHO, m=M).sharpness
+    return m_sharpness(trainer.model, batches, rho=RHO, m=M).sharpness  # type: ignore[arg-type]
