@@ -72,10 +72,10 @@ def load_glue(
         return datasets.DatasetDict({split: read_split(task, split, files[split], verify) for split in wanted})
     loaded = _from_parquet(task, folder) or _from_saved(task, folder)
     if loaded is None:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
         raise UsageError(
-            f"data_dir={str(data_dir)!r}: no files of the task {task.name} (found: {found}); expected {_LAYOUTS}; as "
-            f"TSV files: {task.folder}/{task.file_name(task.splits[0])}"
+            f"data_dir={str(data_dir)!r}: no folder {task.folder!r}, and nothing else of the task {task.name} (found: "
+            f"{found}); expected {_LAYOUTS}; as TSV files: {task.folder}/{task.file_name(task.splits[0])}"
         )
     rows = datasets.DatasetDict()
     for split in _wanted(task, splits, loaded, folder):
