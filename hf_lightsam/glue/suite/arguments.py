@@ -208,7 +208,12 @@ class Request:
         return LightSAMTrainingArguments(optim=method.name, optim_args=method.options or None, **values)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the runs are made with: ``shared`` by all, and of each of the ``tasks``."""
+        """Return what the runs are made with.
+
+        Returns:
+            ``optim`` and ``baseline``: labels of the methods; ``shared``: settings of all runs; ``tasks``: further ones
+            of each task. All runs in a folder agree in the latter two.
+        """
         arguments = self.arguments
         names = ("tokenizer_name", "model_revision", "max_train_samples", "max_eval_samples", "sharpness_samples")
         first = self.training_arguments(self.tasks[0], self.methods[0], 0, self.output_dir)
@@ -222,7 +227,12 @@ class Request:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        return {"shared": shared, "tasks": {task.name: self._task_settings(task) for task in self.tasks}}
+        return {
+            "optim": self.studied.label,
+            "baseline": None if self.baseline is None else self.baseline.label,
+            "shared": shared,
+            "tasks": {task.name: self._task_settings(task) for task in self.tasks},
+        }
 
     def _task_settings(self, task: GlueTask) -> dict[str, Any]:
         args = self.training_arguments(task, self.methods[0], 0, self.output_dir).to_dict()

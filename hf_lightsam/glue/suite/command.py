@@ -39,7 +39,8 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
             print(tables(read_results(request.output_dir), request.baseline))
             return
         quiet(request)
-        suite = Suite(request)
+        command = [*program.split(), *argv]
+        suite = Suite(request, command)
     try:
         suite.make_runs()
         if suite.is_main:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
             print(
                 f"\n{len(suite.done)} of {len(suite.runs())} runs are done. The same command goes on:", file=sys.stderr
             )
-            print(f"  {shlex.join([*program.split(), *argv])}", file=sys.stderr)
+            print(f"  {shlex.join(command)}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     finally:
         suite.close()

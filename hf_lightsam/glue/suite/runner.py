@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,13 +75,14 @@ class Suite:
 
     Args:
         request: What to run.
+        command: The command line, for ``settings.json``.
 
     Raises:
         UsageError: If data or model cannot be loaded, or ``output_dir`` holds runs that were made with other settings
             or rows, or that another process is adding to.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, command: Sequence[str]) -> None:
         self.request = request
         self.output_dir = request.output_dir
         if request.arguments.threads is not None:
@@ -101,7 +103,7 @@ class Suite:
         self.test_rows = _load_test_rows(request) if arguments.submission else {}
         self._tokenizer = load_tokenizer(self._model_arguments)
         load_model(self._model_arguments, request.tasks[0], self._tokenizer)
-        self._settings = request.settings()
+        self._settings = {"command": shlex.join(command), **request.settings()}
         self._store: Store | None = None
         self._evaluation_tokens: dict[str, datasets.DatasetDict] = {}
         self.done = set(self._on_main(self._open_store))
@@ -165,13 +167,13 @@ class Suite:
                     )
             store.save_settings(self._settings)
             store.export()
+            done = [run for run in self.runs() if run.key in made and self._has_predictions(run)]
+            for run in done:
+                self._clear(run)
         except BaseException:
             store.close()
             raise
         self._store = store
-        done = [run for run in self.runs() if run.key in made and self._has_predictions(run)]
-        for run in done:
-            self._clear(run)
         return [run.key for run in done]
 
     def _has_predictions(self, run: Run) -> bool:
@@ -284,7 +286,7 @@ class Suite:
                 save_predictions(self._prediction_file(run, split), np.asarray(rows[split]["idx"]), predicted, labels)
             loss = (output.metrics or {})["eval_loss"]
             lines += [
-                {"split": split, "metric": metric, "score": float(score), "eval_loss": loss}
+                {"split": split, "metric": metric, "score": score, "eval_loss": loss, "eval_rows": len(labels)}
                 for metric, score in scores.items()
             ]
         return lines
@@ -304,6 +306,7 @@ class Suite:
         shared = {
             **dict(zip(("task", "method", "options", "seed"), run.key, strict=True)),
             "train_loss": mean_training_loss(trainer.state.log_history),
+            "train_rows": len(self.rows[run.task.name].train[run.seed]),
             "steps": steps,
             "row_gradients": gradients,
             "train_seconds": measures.train_seconds,

@@ -7,6 +7,7 @@ in one transaction, so that a run is there or is not. ``settings.json`` beside i
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,8 @@ COLUMNS: dict[str, str] = {
     "score": "REAL NOT NULL",
     "eval_loss": "REAL",
     "train_loss": "REAL",
+    "train_rows": "INTEGER",
+    "eval_rows": "INTEGER",
     "steps": "INTEGER",
     "row_gradients": "INTEGER",
     "train_seconds": "REAL",
@@ -42,12 +45,13 @@ COLUMNS: dict[str, str] = {
     "torch": "TEXT",
     "transformers": "TEXT",
 }
-"""Of both files. ``options``: as in ``optim_args``, or empty. ``eval_loss``: of the line's split. ``row_gradients``:
-rows whose gradient was taken, over all passes and processes. ``train_seconds``: of the steps; ``step_seconds``: their
-mean. ``peak_memory``: bytes, of the accelerator or (on CPUs) of the process. ``state_over_weights``: bytes of the
-optimizer's state over those of the weights. ``sharpness_before``, ``sharpness_after``: of
-:func:`~hf_lightsam.glue.suite.flatness.sharpness`, on the same training rows for all methods. ``data``: digest of the
-training and development rows. ``settings``: digest of the settings."""
+"""Of both files. ``options``: as in ``optim_args``, or empty. ``eval_loss``, ``eval_rows``: of the line's split.
+``train_loss``: mean over the steps. ``row_gradients``: rows whose gradient was taken, over all passes and processes.
+``train_seconds``: of the steps; ``step_seconds``: their mean. ``peak_memory``: bytes, of the accelerator, or on CPUs of
+the process. ``state_over_weights``: bytes of the optimizer's state over those of the weights. ``sharpness_before``,
+``sharpness_after``: of :func:`~hf_lightsam.glue.suite.flatness.sharpness`, on the same training rows for all methods.
+``data``: digest of the training and development rows. ``settings``: digest of the task's part of ``settings.json``.
+What is no number, as the loss of a diverged run, is empty."""
 
 KEY = ("task", "method", "options", "seed", "split", "metric")
 COSTS = ("train_seconds", "step_seconds", "peak_memory")
@@ -194,7 +198,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
         raise UsageError(f"results={given!r}: no results there; expected the output_dir of a suite, or its {EXPORT}")
     try:
         if path.suffix == ".csv":
-            results = pd.read_csv(path, keep_default_na=True, dtype=_text_columns(), float_precision="round_trip")
+            results = pd.read_csv(path, dtype=_of_kind("TEXT", str), converters=_of_kind("REAL", _number))
         else:
             with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
                 results = pd.read_sql("SELECT * FROM results", database)
@@ -207,12 +211,19 @@ def read_results(path: str | Path) -> pd.DataFrame:
     return _sorted(results)
 
 
-def _text_columns() -> dict[str, type]:
-    return {name: str for name, kind in COLUMNS.items() if kind.startswith("TEXT")}
+def _of_kind(kind: str, value: Any) -> dict[str, Any]:
+    return {name: value for name, declared in COLUMNS.items() if declared.startswith(kind)}
+
+
+def _number(text: str) -> float:
+    """Return a number to its last bit, which pandas' own reader does not."""
+    return float(text) if text else math.nan
 
 
 def _sorted(results: pd.DataFrame) -> pd.DataFrame:
-    return results.sort_values(list(KEY), ignore_index=True)
+    """Return lines in order of their keys, whole numbers as such also where some are missing."""
+    whole = results.astype(_of_kind("INTEGER", "Int64")).astype({"seed": int})
+    return whole.sort_values(list(KEY), ignore_index=True)
 
 
 def of_runs(results: pd.DataFrame, keys: Iterable[RunKey]) -> pd.DataFrame:
