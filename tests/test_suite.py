@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from glue_files import ROWS, write_glue
 
+from hf_lightsam.checkpoints import complete_checkpoints
 from hf_lightsam.cli import main
 from hf_lightsam.glue.suite import (
     Method,
@@ -283,47 +284,57 @@ def test_killed_at_every_kind_of_point(uninterrupted, model_dir, glue_dir, tmp_p
     assert_same_suite(tmp_path, uninterrupted)
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "hf_lightsam", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    )
+FORKS = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+"""Processes that begin with everything imported, which is what takes time."""
+
+
+def run_in_process(command: list[str], log: Path) -> None:
+    """Run a command with its output in a file; started as a process of its own."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        main(command)
+
+
+def start(command: list[str], log: Path) -> Any:
+    FORKS.set_forkserver_preload(["hf_lightsam.glue.suite.command"])
+    process = FORKS.Process(target=run_in_process, args=(command, log))
+    process.start()
+    return process
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_sigkill_at_random_points(uninterrupted, model_dir, glue_dir, tmp_path) -> None:
     """Each attempt is killed a random while after its first checkpoint or its next finished run."""
     chooser = random.Random()
-    for _ in range(3):
-        before = (tmp_path / "results.csv").read_text() if (tmp_path / "results.csv").exists() else None
-        process = start(resumable(model_dir, glue_dir, tmp_path))
-        while process.poll() is None:
-            has_run = (tmp_path / "results.csv").exists() and (tmp_path / "results.csv").read_text() != before
-            if has_run or list(tmp_path.glob("runs/*/*/*/checkpoint-*")):
+    folder, export = tmp_path / "out", tmp_path / "out" / "results.csv"
+    for _ in range(4):
+        before = export.read_text() if export.exists() else None
+        process = start(resumable(model_dir, glue_dir, folder), tmp_path / "log")
+        while process.is_alive():
+            has_run = export.exists() and export.read_text() != before
+            if has_run or list(folder.glob("runs/*/*/*/checkpoint-*")):
                 break
             time.sleep(0.01)
-        time.sleep(chooser.uniform(0.0, 1.0))
+        time.sleep(chooser.uniform(0.0, 0.5))
         process.kill()
-        process.communicate()
-    main(resumable(model_dir, glue_dir, tmp_path))
-    assert_same_suite(tmp_path, uninterrupted)
+        process.join()
+    main(resumable(model_dir, glue_dir, folder))
+    assert_same_suite(folder, uninterrupted)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, model_dir, glue_dir, tmp_path) -> None:
-    flags = ["--tasks", "stsb", "--seeds", "1", "--max_steps", "4000", "--save_steps", "100000"]
-    process = start(line(model_dir, glue_dir, tmp_path, *flags, "--baseline", "none"))
-    while process.poll() is None and not (tmp_path / "results.sqlite").exists():
-        time.sleep(0.05)
-    time.sleep(3.0)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
+def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, glue_dir, tmp_path) -> None:
+    flags = ["--tasks", "stsb", "--seeds", "1", "--max_steps", "4000", "--save_steps", "20"]
+    log = tmp_path / "log"
+    process = start(line(model_dir, glue_dir, tmp_path / "out", *flags, "--baseline", "none"), log)
+    run = tmp_path / "out" / "runs" / "stsb" / "lightsam_adam" / "seed-0"
+    while process.is_alive() and not complete_checkpoints(run):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    out = log.read_text()
+    assert process.exitcode == 130, out
     assert "Traceback" not in out
     assert "0 of 1 runs are done. The same command goes on:" in out
-    assert len(list(tmp_path.glob("runs/stsb/lightsam_adam/seed-0/checkpoint-*"))) == 1
+    assert len(complete_checkpoints(run)) == 1
