@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import Trainer, TrainingArguments
 
 from ..optim.recipes import get_recipe
 from ..optim_flag import optim_name
-from . import method
+from . import method_text
+from .hub_names import METRIC_TYPES, hub_name
 
 if TYPE_CHECKING:
     from ..trainer import LightSAMTrainer
 
 CARD = "README.md"
-METRIC_TYPES = {"pearson": "pearsonr"}
-"""Metrics that the hub knows by another name."""
-
 _VERSIONS = "### Framework versions"
 _FROM_SCRATCH = "This model was trained from scratch on "
 _OF_PUSH = frozenset(inspect.signature(Trainer.push_to_hub).parameters)
@@ -46,7 +42,7 @@ def extend_card(trainer: LightSAMTrainer) -> None:
     path = Path(trainer.args.output_dir or ".") / CARD
     card = ModelCard.load(path)
     name, description = _method(trainer)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *method.tags(name)]))
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *method_text.tags(name)]))
     if card.data.eval_results:
         card.data.eval_results = _completed(card.data.eval_results, trainer)
         card.data.metrics = list(dict.fromkeys(result.metric_type for result in card.data.eval_results))
@@ -60,7 +56,7 @@ def extend_card(trainer: LightSAMTrainer) -> None:
     if _VERSIONS in lines:
         lines.insert(lines.index(_VERSIONS) + 2, f"- hf_lightsam {__version__}")
     section = [description, *_sharpness(trainer.state.log_history)]
-    lines += ["", "## Sharpness-aware training", "", *section, "", "## Citation", "", method.citation(name), ""]
+    lines += ["", "## Sharpness-aware training", "", *section, "", "## Citation", "", method_text.citation(name), ""]
     card.text = "\n".join(lines)
     card.save(path)
 
@@ -68,13 +64,8 @@ def extend_card(trainer: LightSAMTrainer) -> None:
 def _base_model(named: Any, trainer: LightSAMTrainer) -> tuple[Any, bool]:
     """Return the base model if the hub can know it, and whether it is a local one."""
     name = named or getattr(getattr(trainer.model, "config", None), "_name_or_path", "")
-    if isinstance(name, str):
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            return None, bool(name)
-        if Path(name).is_dir():
-            return None, True
+    if isinstance(name, str) and name and hub_name(name) is None:
+        return None, True
     return named or None, False
 
 
@@ -83,11 +74,11 @@ def _method(trainer: LightSAMTrainer) -> tuple[str, str]:
     made = trainer.optimizer_cls_and_kwargs
     if not trainer.optimizer_is_given and made is None:
         name = optim_name(trainer.args.optim)
-        return name, method.description(name, given_options(trainer.args))
+        return name, method_text.description(name, given_options(trainer.args))
     given: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # from below Accelerate's wrapper
     cls, arguments = cast(Any, made) if made is not None else (type(given), given.defaults)
-    recipe = method.recipe_of(cls)
-    return cls.__name__ if recipe is None else recipe.name, method.description_of_class(cls, arguments)
+    recipe = method_text.recipe_of(cls)
+    return cls.__name__ if recipe is None else recipe.name, method_text.description_of_class(cls, arguments)
 
 
 def given_options(args: TrainingArguments) -> dict[str, Any]:
