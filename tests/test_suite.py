@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 import zipfile
@@ -14,22 +15,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from glue_files import ROWS, write_glue
 
+from hf_lightsam import UsageError
 from hf_lightsam.checkpoints import complete_checkpoints
 from hf_lightsam.cli import main
 from hf_lightsam.glue.suite import (
     Method,
+    bootstrap_interval,
     measures,
+    parse_method,
     predictions,
     read_results,
     runner,
     store,
+    summarize,
 )
+from hf_lightsam.glue.suite.arguments import parse
 from hf_lightsam.glue.suite.store import COLUMNS, COSTS, Store
-from hf_lightsam.glue.suite.submission import FILES, check_submission
+from hf_lightsam.glue.suite.submission import FILES, check_submission, write_submission
+from hf_lightsam.glue.suite.tables import cost_table, glue_averages, score_table
 from hf_lightsam.glue.tasks import DIAGNOSTIC, TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -288,17 +296,18 @@ FORKS = multiprocessing.get_context("forkserver" if os.name == "posix" else "spa
 """Processes that begin with everything imported, which is what takes time."""
 
 
-def run_in_process(command: list[str], log: Path) -> None:
+def run_in_process(command: list[str], log: Path, environment: dict[str, str]) -> None:
     """Run a command with its output in a file; started as a process of its own."""
+    os.environ.update(environment)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         main(command)
 
 
-def start(command: list[str], log: Path) -> Any:
+def start(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Any:
     FORKS.set_forkserver_preload(["hf_lightsam.glue.suite.command"])
-    process = FORKS.Process(target=run_in_process, args=(command, log))
+    process = FORKS.Process(target=run_in_process, args=(command, log, environment or {}))
     process.start()
     return process
 
@@ -338,3 +347,241 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, glue_dir, tmp_path) -> No
     assert "Traceback" not in out
     assert "0 of 1 runs are done. The same command goes on:" in out
     assert len(complete_checkpoints(run)) == 1
+
+
+def test_two_processes(model_dir, glue_dir, tmp_path) -> None:
+    """Rank 0 alone decides and writes, also when another rank may not read the folder; killed, the two go on."""
+    flags = ["--tasks", "cola", "stsb", "--seeds", "1", "--max_steps", "4", "--per_device_train_batch_size", "4"]
+    command = line(model_dir, glue_dir, tmp_path / "out", *flags, "--save_steps", "2", "--learning_rate", "1e-2")
+
+    def start_both() -> list[Any]:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": "2"}
+        return [
+            start(command, tmp_path / f"log{rank}", {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)
+        ]
+
+    processes = start_both()
+    while all(process.is_alive() for process in processes) and not (tmp_path / "out" / "runs").exists():
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.join()
+    processes = start_both()
+    for process in processes:
+        process.join(120)
+    logs = [(tmp_path / f"log{rank}").read_text() for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0, 0], logs
+    assert "| cola | matthews_correlation | lightsam_adam |" in logs[0]
+    assert "cola" not in logs[1]
+    both = read_results(tmp_path / "out")
+    main(line(model_dir, glue_dir, tmp_path / "one", *flags[:-1], "8", "--learning_rate", "1e-2"))
+    alone = read_results(tmp_path / "one")
+    assert both["row_gradients"].tolist() == alone["row_gradients"].tolist()
+    assert both["eval_loss"].tolist() == pytest.approx(alone["eval_loss"].tolist(), rel=0.02)
+    assert both["train_loss"].tolist() == pytest.approx(alone["train_loss"].tolist(), rel=0.02)
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--tasks", "colla"], "'colla': expected one of cola"),
+        (["--tasks", "ax"], "tasks='ax': it has no training rows"),
+        (["--tasks", "cola", "CoLA"], "tasks=['cola', 'CoLA']: expected each once"),
+        (["--seeds", "0"], "seeds=0: expected how many"),
+        (["--seeds", "1", "1"], "seeds=[1, 1]: expected each once"),
+        (["--seeds", "0", "-1"], "seeds=-1: expected whole numbers"),
+        (["--seed", "3"], "seed=3: expected --seeds"),
+        (["--resume_from_checkpoint", "last"], "resume_from_checkpoint='last': expected none"),
+        (["--push_to_hub"], "push_to_hub=True: expected none"),
+        (["--optim", "lightsum"], "optim='lightsum': expected one among lightsam_adam"),
+        (["--rho", "-1"], "rho=-1.0"),
+        (["--optim", "adamw_torch", "--rho", "0.1"], "optim='adamw_torch:rho=0.1': options are for"),
+        (["--optim", "sam", "--optim_args", "rho=0.1", "--rho", "0.2"], "'rho' is given twice"),
+        (["--baseline", "adam"], "baseline='adam': expected one among"),
+        (["--baseline", "sam:rho=x"], "baseline='sam:rho=x': optim_args='rho=x'"),
+        (["--methods", "sam", "sam"], "methods: 'sam' is given twice"),
+        (["--methods", "samm"], "methods='samm': expected all, or names among"),
+        (["--methods", "sam:sparsity=0.5"], "methods='sam:sparsity=0.5'"),
+        (["--max_train_samples", "0"], "max_train_samples=0: expected a whole number above 0"),
+        (["--max_eval_samples", "-3"], "max_eval_samples=-3"),
+        (["--max_seq_length", "0"], "max_seq_length=0"),
+        (["--threads", "0"], "threads=0"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0"),
+        (["--num_train_epochs", "0"], "num_train_epochs=0.0"),
+        (["--max_steps", "0"], "max_steps=0: expected a whole number above 0, or -1"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0"),
+        (["--submission", "--tasks", "cola", "rte"], "missing: sst2, mrpc, stsb, qqp, mnli, qnli, wnli"),
+        (["--data_dir", "nowhere"], "data_dir='nowhere'"),
+        (["--model", "nowhere"], "model_name_or_path='nowhere'"),
+        (["--output_dir", "/dev/null/x"], "output_dir='/dev/null/x'"),
+        (["--recipe", "nowhere.yaml"], "recipe='nowhere.yaml'"),
+        (["--table", "--output_dir", "nowhere"], "results='nowhere': no results there"),
+        (["--keep_models", "some"], "--keep_models"),
+        (["--wrong", "1"], "--wrong"),
+    ],
+)
+def test_bad_input(model_dir, glue_dir, tmp_path, capsys, flags: list[str], told: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(line(model_dir, glue_dir, tmp_path / "out", "--tasks", "cola", "--seeds", "1", *flags))
+    assert error.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_stand_behind_the_flags(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: somewhere\nmax_seq_length: 64\n"
+        "defaults: {optim: sam, rho: 0.1, weight_decay: 0.1}\n"
+        "tasks:\n  cola: {learning_rate: 1e-5}\n  rte: {learning_rate: 2e-5, max_seq_length: 256}\n"
+    )
+    flags = ["--recipe", str(recipe), "--tasks", "cola", "rte", "--output_dir", str(tmp_path / "out")]
+    request = parse([*flags, "--weight_decay", "0.2"], "glue")
+    assert request.arguments.model_name_or_path == "somewhere"
+    assert [method.label for method in request.methods] == [BASELINE, "sam:rho=0.1"]
+    for task, rate, length in ((TASKS["cola"], 1e-5, 64), (TASKS["rte"], 2e-5, 256)):
+        for method in request.methods:
+            args = request.training_arguments(task, method, 1, tmp_path)
+            assert (args.learning_rate, args.weight_decay, args.seed) == (rate, 0.2, 1)
+        assert request.max_seq_length(task) == length
+    assert parse([*flags, "--max_seq_length", "32"], "glue").max_seq_length(TASKS["rte"]) == 32
+    with pytest.raises(UsageError, match="no settings for sst2"):
+        parse([*flags[:2], "--tasks", "sst2"], "glue")
+    recipe.write_text("tasks: {cola: {rho: 0.1}, rte: {rho: 0.2}}\n")
+    with pytest.raises(UsageError, match=r"cola has rho=0\.1 of its own; expected it under defaults"):
+        parse(flags, "glue")
+
+
+def test_methods_of_the_command_line(tmp_path: Path) -> None:
+    flags = ["--output_dir", str(tmp_path / "out"), "--model", "somewhere"]
+    request = parse([*flags, "--optim", "sam", "--rho", "0.02", "--descent", "sgd", "--baseline", "none"], "glue")
+    assert [method.label for method in request.methods] == ["sam:descent=sgd,rho=0.02"]
+    assert parse_method("sam: rho = 0.02, descent=sgd") == request.studied
+    assert request.seeds == (0, 1, 2, 3, 4)
+    assert request.tasks == tuple(TASKS.values())
+    request = parse([*flags, "--methods", "all", "--validation_fraction", "0.2", "--optim", "lets_sam"], "glue")
+    assert [method.label for method in request.methods[:3]] == [BASELINE, "lets_sam", "lightsam_adam"]
+    lets, adamw = (
+        request.training_arguments(TASKS["cola"], method, 0, tmp_path) for method in (request.studied, Method(BASELINE))
+    )
+    assert (lets.validation_fraction, adamw.validation_fraction) == (0.2, None)
+
+
+# ---- Statistics, tables and files -----------------------------------------------------------------------------------
+
+
+def test_statistics() -> None:
+    scores, baseline = {0: 0.2, 1: 0.4, 2: 0.9, 7: 0.0}, {0: 0.1, 1: 0.2, 2: 0.6, 9: 0.5}
+    summary = summarize(scores, baseline)
+    assert summary.mean == pytest.approx(np.mean(list(scores.values())))
+    assert summary.deviation == pytest.approx(np.std(list(scores.values()), ddof=1))
+    assert summary.median == pytest.approx(0.3)
+    assert summary.differences == pytest.approx({0: 0.1, 1: 0.2, 2: 0.3})
+    assert summary.interval() == pytest.approx((0.1, 0.3))  # of three seeds: from the smallest to the largest
+    values = np.random.default_rng(0).normal(size=12)
+    drawn = np.random.default_rng(1).choice(values, (20000, 12)).mean(axis=1)
+    assert bootstrap_interval(list(values)) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.02)
+    assert bootstrap_interval([0.5] * 3) == (0.5, 0.5)
+    assert np.isnan(bootstrap_interval([0.5])).all()
+    alone = summarize({3: 0.5})
+    assert np.isnan([alone.deviation, alone.difference, *alone.interval()]).all()
+
+
+def invented(scores: dict[tuple[str, str, int], float]) -> pd.DataFrame:
+    """Results of all splits and metrics of tasks: by task, method and seed one score for all of them."""
+    lines = [
+        {**dict.fromkeys(COLUMNS, None), "task": task, "method": method, "options": "", "seed": seed}
+        | {"split": split, "metric": metric, "score": score, "data": "d", "settings": "s", "row_gradients": 8}
+        | {"step_seconds": 0.5, "peak_memory": 10, "state_over_weights": 2.0, "torch": "2"}
+        | {"hf_lightsam": "0", "transformers": "5"}
+        for (task, method, seed), score in scores.items()
+        for split in TASKS[task].validation_splits
+        for metric in TASKS[task].metrics
+    ]
+    return pd.DataFrame(lines)[list(COLUMNS)]
+
+
+def test_tables() -> None:
+    scores = {
+        (task, method, seed): 0.5 + 0.01 * place + 0.1 * seed * (method == "sam")
+        for place, task in enumerate(TASKS)
+        for method in (BASELINE, "sam")
+        for seed in (0, 1)
+    }
+    results = invented(scores)
+    average = glue_averages(results)
+    assert average[BASELINE] == pytest.approx({0: 0.54, 1: 0.54})
+    assert average["sam"] == pytest.approx({0: 0.54, 1: 0.64})
+    text = score_table(results, Method(BASELINE)).splitlines()
+    assert text[0].endswith(f"| difference to {BASELINE} [95 %] |")
+    assert f"| GLUE average |  | {BASELINE} | 2 | 0.5400 | 0.0000 | 0.5400 | - |" in text
+    assert "| GLUE average |  | sam | 2 | 0.5900 | 0.0707 | 0.5900 | +0.0500 [+0.0000, +0.1000] |" in text
+    assert len(text) == 2 + 2 * (sum(len(task.metrics) * len(task.validation_splits) for task in TASKS.values()) + 1)
+    assert "GLUE average" not in score_table(results[results["task"] != "rte"], None)
+    costs = cost_table(results, Method(BASELINE)).splitlines()
+    assert costs[2] == f"| cola | {BASELINE} | 1.00 | 1.00 | 1.00 | 2.00 | 0.5000 |"
+
+
+def test_store_roundtrip(tmp_path: Path) -> None:
+    results = invented({("rte", "sam", 1): 0.1 + 0.2, ("mrpc", BASELINE, 0): 1 / 3})
+    results["eval_loss"] = [None, float("nan"), 1e-17]
+    with Store(tmp_path) as opened:
+        for _, run in results.groupby(["task", "seed"]):
+            lines = run.astype(object).where(run.notna(), None).to_dict("records")
+            opened.add(lines)
+            opened.add(lines)  # the same again takes its place
+        opened.export()
+        assert set(opened.runs()) == {("rte", "sam", "", 1), ("mrpc", BASELINE, "", 0)}
+    for path in (tmp_path, tmp_path / "results.csv"):
+        found = read_results(path)
+        assert found["score"].tolist() == [1 / 3, 1 / 3, 0.1 + 0.2]
+        assert found["options"].tolist() == [""] * 3
+        assert found["seed"].tolist() == [0, 0, 1]
+        assert found["row_gradients"].tolist() == [8] * 3
+    pd.testing.assert_frame_equal(read_results(tmp_path), read_results(tmp_path / "results.csv"), check_dtype=False)
+    older = pd.read_csv(tmp_path / "results.csv").drop(columns=["peak_memory", "sharpness_after"])
+    older.to_csv(tmp_path / "older.csv", index=False)
+    assert read_results(tmp_path / "older.csv")["sharpness_after"].isna().all()
+    (tmp_path / "results.csv").write_text("task,score\nrte,1\n")
+    with pytest.raises(UsageError, match="has no column method"):
+        read_results(tmp_path / "results.csv")
+    (tmp_path / "results.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_results(tmp_path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        Store(tmp_path)
+
+
+def test_bad_submissions_are_told(tmp_path: Path) -> None:
+    answers = {key: np.zeros(3) for key in FILES.values()} | {("stsb", "test"): np.array([-1.0, 2.0, 7.5])}
+    rows = dict.fromkeys(FILES.values(), 3)
+    path = tmp_path / "submission.zip"
+    write_submission(path, answers)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("STS-B.tsv") == b"index\tprediction\n0\t0.000\n1\t2.000\n2\t5.000\n"
+        assert archive.read("RTE.tsv") == b"index\tprediction\n" + b"".join(b"%d\tentailment\n" % i for i in range(3))
+        files = {name: archive.read(name).decode() for name in archive.namelist()}
+    for name, content, told in (
+        ("CoLA.tsv", "id\tlabel\n0\t0\n", "CoLA.tsv:1: 'id"),
+        ("CoLA.tsv", files["CoLA.tsv"] + "3\t0\n", "CoLA.tsv: 4 answers; expected 3"),
+        ("MRPC.tsv", files["MRPC.tsv"].replace("1\t0", "1\tyes"), "MRPC.tsv:3: 'yes'; expected one of 0, 1"),
+        ("QNLI.tsv", files["QNLI.tsv"].replace("2\t", "5\t"), "QNLI.tsv:4: index '5'; expected 2"),
+        ("STS-B.tsv", files["STS-B.tsv"].replace("5.000", "7.5"), "STS-B.tsv:4: '7.5'; expected a number from 0 to 5"),
+        ("more.tsv", "", "has .*more.tsv; expected"),
+    ):
+        with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+            for each, text in {**files, name: content}.items():
+                archive.writestr(each, text)
+        with pytest.raises(UsageError, match=told):
+            check_submission(tmp_path / "bad.zip", rows)
+    for wrong, told in (({("rte", "test"): np.array([np.nan])}, "not finite"), (None, "no predictions of ax")):
+        given = {**answers, **wrong} if wrong else {key: value for key, value in answers.items() if key[0] != "ax"}
+        with pytest.raises(UsageError, match=told):
+            write_submission(path, given)
+    check_submission(path, rows)  # the one that was there is still there

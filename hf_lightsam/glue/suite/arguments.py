@@ -36,8 +36,12 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 50,
     "report_to": "none",
     "disable_tqdm": True,
+    "log_level_replica": "error",
+    "average_tokens_across_devices": False,
 }
-"""Where a suite's default differs from the Trainer's."""
+"""Where a suite's default differs from the Trainer's. ``average_tokens_across_devices``: with it the Trainer multiplies
+the loss by the number of processes (transformers 5.24), which is wrong for models whose loss is a mean over rows, as
+those of classification are, and would clip the baseline's gradients otherwise than those of the family."""
 
 _RUN_FIELDS = ("replay_rng", "sync_ascent", "validation_fraction")
 """Fields of :class:`LightSAMTrainingArguments` that are no options of an optimizer."""
@@ -58,6 +62,7 @@ _REFUSED = {
 
 _ALWAYS_TOLD = (
     "per_device_train_batch_size",
+    "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
     "max_steps",
@@ -69,7 +74,7 @@ _ALWAYS_TOLD = (
     "bf16",
     "fp16",
 )
-"""Training settings that are written down also where they are the defaults."""
+"""Training settings that are written down also where they are the defaults of a suite."""
 
 _WITHOUT_EFFECT = {
     *("optim", "optim_args", "output_dir", "seed", "data_seed", "use_cpu", "local_rank", "debug", "project"),
@@ -235,8 +240,10 @@ class Request:
         }
 
     def _task_settings(self, task: GlueTask) -> dict[str, Any]:
-        args = self.training_arguments(task, self.methods[0], 0, self.output_dir).to_dict()
-        plain = LightSAMTrainingArguments(output_dir="plain", optim=BASELINE).to_dict()
+        training = self.training_arguments(task, self.methods[0], 0, self.output_dir)
+        args = training.to_dict()
+        # With the same device: the last training arguments that are made set it up, and join the processes.
+        plain = LightSAMTrainingArguments(optim=BASELINE, use_cpu=training.use_cpu, **DEFAULTS).to_dict()
         told = {
             name: value
             for name, value in args.items()

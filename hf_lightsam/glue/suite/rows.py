@@ -79,6 +79,7 @@ def load_rows(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     splits: Iterable[str] | None = None,
+    verify: bool = True,
 ) -> TaskRows:
     """Load a task's rows and choose those of :func:`choose_rows`.
 
@@ -89,9 +90,11 @@ def load_rows(
         max_train_samples: Training rows at most. None: all.
         max_eval_samples: Rows at most of each development split. None: all.
         splits: Development splits. Default: all of the task.
+        verify: As for :func:`~hf_lightsam.glue.load_glue`.
 
     Raises:
         UsageError: As by :func:`~hf_lightsam.glue.load_glue`.
     """
     wanted = ["train", *(task.validation_splits if splits is None else splits)]
-    return choose_rows(task, load_glue(task, data_dir, splits=wanted), seeds, max_train_samples, max_eval_samples)
+    raw = load_glue(task, data_dir, splits=wanted, verify=verify)
+    return choose_rows(task, raw, seeds, max_train_samples, max_eval_samples)

@@ -97,17 +97,37 @@ class Suite:
             arguments.trust_remote_code,
             arguments.ignore_mismatched_sizes,
         )
-        self._state = PartialState()
-        limits = (arguments.max_train_samples, arguments.max_eval_samples)
-        self.rows = {task.name: load_rows(task, arguments.data_dir, request.seeds, *limits) for task in request.tasks}
-        self.test_rows = _load_test_rows(request) if arguments.submission else {}
+        self._settings = {"command": shlex.join(command), **request.settings()}
+        self._state = PartialState()  # after the settings, whose training arguments join the processes
+        self.rows = {task.name: self._load_rows(task) for task in request.tasks}
+        self.test_rows = self._load_test_rows() if arguments.submission else {}
         self._tokenizer = load_tokenizer(self._model_arguments)
         load_model(self._model_arguments, request.tasks[0], self._tokenizer)
-        self._settings = {"command": shlex.join(command), **request.settings()}
         self._store: Store | None = None
         self._evaluation_tokens: dict[str, datasets.DatasetDict] = {}
         self.done = set(self._on_main(self._open_store))
         self._progress = Progress(len(self.runs()), len(self.done), self.is_main)
+
+    def _load_rows(self, task: GlueTask) -> TaskRows:
+        arguments = self.request.arguments
+        return load_rows(
+            task,
+            arguments.data_dir,
+            self.request.seeds,
+            arguments.max_train_samples,
+            arguments.max_eval_samples,
+            verify=self.is_main,
+        )
+
+    def _load_test_rows(self) -> dict[str, dict[str, datasets.Dataset]]:
+        """Return each task's test rows by split, MNLI's with those of AX; never cut."""
+        found: dict[str, dict[str, datasets.Dataset]] = {}
+        for name, split in FILES.values():
+            task = {**TASKS, DIAGNOSTIC.name: DIAGNOSTIC}[name]
+            rows = load_glue(task, self.request.arguments.data_dir, splits=[split], verify=self.is_main)[split]
+            key = DIAGNOSTIC.name if task is DIAGNOSTIC else split
+            found.setdefault(task.training_task or name, {})[key] = rows
+        return found
 
     # ---- Processes ----------------------------------------------------------------------------------------------
 
@@ -377,17 +397,6 @@ def best_seed(results: pd.DataFrame, task: GlueTask, method: Method) -> int:
 def _trained_task(task: GlueTask) -> GlueTask:
     """Return the task itself, or for AX the one whose model answers it."""
     return TASKS[task.training_task] if task.training_task else task
-
-
-def _load_test_rows(request: Request) -> dict[str, dict[str, datasets.Dataset]]:
-    """Return each task's test rows by split, MNLI's with those of AX; never cut."""
-    found: dict[str, dict[str, datasets.Dataset]] = {}
-    for name, split in FILES.values():
-        task = DIAGNOSTIC if name == DIAGNOSTIC.name else next(each for each in request.tasks if each.name == name)
-        rows = load_glue(task, request.arguments.data_dir, splits=[split])[split]
-        key = DIAGNOSTIC.name if task is DIAGNOSTIC else split
-        found.setdefault(task.training_task or name, {})[key] = rows
-    return found
 
 
 def _joined(before: dict[str, Any], now: dict[str, Any], folder: str) -> dict[str, Any]:

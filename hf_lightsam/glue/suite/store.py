@@ -53,6 +53,8 @@ the process. ``state_over_weights``: bytes of the optimizer's state over those o
 ``data``: digest of the training and development rows. ``settings``: digest of the task's part of ``settings.json``.
 What is no number, as the loss of a diverged run, is empty."""
 
+_SELECT = f"SELECT {', '.join(COLUMNS)} FROM results"
+
 KEY = ("task", "method", "options", "seed", "split", "metric")
 COSTS = ("train_seconds", "step_seconds", "peak_memory")
 """Columns that differ when the same run is made again."""
@@ -99,10 +101,13 @@ class Store:
                     f"CREATE TABLE IF NOT EXISTS results ({columns}, PRIMARY KEY ({', '.join(KEY)}))"
                 )
             found = [line[1] for line in self._database.execute("PRAGMA table_info(results)")]
+            for name in _optional(found):
+                self._database.execute(f"ALTER TABLE results ADD COLUMN {name} {COLUMNS[name]}")
+                found.append(name)
         except sqlite3.DatabaseError as error:
             self.close()
             raise UsageError(f"output_dir={str(folder)!r}: {DATABASE} cannot be read: {error}") from error
-        if found != list(COLUMNS):
+        if set(found) != set(COLUMNS):
             self.close()
             raise UsageError(
                 f"output_dir={str(folder)!r}: {DATABASE} has the columns {', '.join(found)}; expected "
@@ -136,12 +141,13 @@ class Store:
         with self._database:
             self._database.execute("DELETE FROM results WHERE task=? AND method=? AND options=? AND seed=?", key)
             self._database.executemany(
-                f"INSERT INTO results VALUES ({marks})", [[line[name] for name in COLUMNS] for line in lines]
+                f"INSERT INTO results ({', '.join(COLUMNS)}) VALUES ({marks})",
+                [[line[name] for name in COLUMNS] for line in lines],
             )
 
     def results(self) -> pd.DataFrame:
         """Return all lines, in order of their keys."""
-        return _sorted(pd.read_sql("SELECT * FROM results", self._database))
+        return _sorted(pd.read_sql(_SELECT, self._database))
 
     def export(self) -> None:
         """Write the CSV file anew."""
@@ -204,11 +210,17 @@ def read_results(path: str | Path) -> pd.DataFrame:
                 results = pd.read_sql("SELECT * FROM results", database)
     except (ValueError, pd.errors.DatabaseError, sqlite3.DatabaseError) as error:
         raise UsageError(f"results={given!r}: {path.name} cannot be read: {error}") from error
+    results = results.reindex(columns=[*results, *_optional(results)])
     missing = [name for name in COLUMNS if name not in results]
     if missing:
         raise UsageError(f"results={given!r}: {path.name} has no column {', '.join(missing)}; expected a suite's file")
     results["options"] = results["options"].fillna("")
-    return _sorted(results)
+    return _sorted(results[list(COLUMNS)])
+
+
+def _optional(found: Iterable[str]) -> list[str]:
+    """Return the columns that are not there and may be empty, as a file of an older version has not all of them."""
+    return [name for name, kind in COLUMNS.items() if name not in found and not kind.endswith("NOT NULL")]
 
 
 def _of_kind(kind: str, value: Any) -> dict[str, Any]:
@@ -221,9 +233,9 @@ def _number(text: str) -> float:
 
 
 def _sorted(results: pd.DataFrame) -> pd.DataFrame:
-    """Return lines in order of their keys, whole numbers as such also where some are missing."""
-    whole = results.astype(_of_kind("INTEGER", "Int64")).astype({"seed": int})
-    return whole.sort_values(list(KEY), ignore_index=True)
+    """Return lines in order of their keys, numbers as such also where all are missing."""
+    kinds = {**_of_kind("INTEGER", "Int64"), **_of_kind("REAL", float), "seed": int}
+    return results.astype(kinds).sort_values(list(KEY), ignore_index=True)
 
 
 def of_runs(results: pd.DataFrame, keys: Iterable[RunKey]) -> pd.DataFrame:
