@@ -12,6 +12,7 @@ from hf_lightsam.docstrings import plain_math
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):`(~?)([\w.]+)`")
 _DIRECTIVE = re.compile(r"^( *)\.\. ([a-z-]+)::(.*(?:\n+(?:\1 {3,}.*)?(?=\n|$))*)", re.MULTILINE)
+_TABLE = re.compile(r"^( *)===+ +=.*(?:\n\1\S.*|\n\1 +\S.*)*", re.MULTILINE)
 _NEXT_FORMULA = re.compile(r"\\q?quad|\\\\")
 
 
@@ -32,9 +33,17 @@ def as_markdown(text: str, obj: griffe.Object) -> str:
         obj: Whose it is: short names are looked up in its scope.
     """
     text = re.sub(r"^> (\w+)\n", r"**\1**\n", text, flags=re.MULTILINE)  # the groups of TrainingArguments' options
+    text = _TABLE.sub(_table, text)
     text = _DIRECTIVE.sub(_directive, text)
     text = re.sub(r":math:`([^`]*)`", lambda match: f"`{plain_math(match[1])}`", text)
-    return _ROLE.sub(lambda match: _reference(match[2], bool(match[1]), obj), text).replace("``", "`")
+    text = re.sub(r"(?<!`)``(?!`)", "`", text)
+    return _ROLE.sub(lambda match: _reference(match[2], bool(match[1]), obj), text)
+
+
+def _table(match: re.Match[str]) -> str:
+    """Return a table of fixed columns as it stands, without quotes."""
+    lines = [re.sub(r"``(.*?)``((?: \S+)*)", r"\1\2    ", line).replace("\\ ", "  ") for line in match[0].splitlines()]
+    return "\n".join([f"{match[1]}```text", *(line.rstrip() for line in lines), f"{match[1]}```"])
 
 
 def _directive(match: re.Match[str]) -> str:

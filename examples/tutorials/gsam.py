@@ -1,4 +1,4 @@
-"""GSAM (Zhuang et al., arXiv 2203.08065), a method that the package does not have; adding_a_method.md explains this."""
+"""GSAM (Zhuang et al., arXiv 2203.08065), a method that the package does not have: see adding_a_method.ipynb."""
 
 from __future__ import annotations
 
