@@ -36,6 +36,7 @@ from hf_lightsam.glue.instructions import (
     encode,
     instruction_for,
     load_decoder,
+    observed_range,
 )
 
 ANIMALS, FRUITS = ["cat", "dog", "cow", "hen"], ["plum", "pear", "fig", "lime"]
@@ -124,6 +125,9 @@ def test_scores_are_words_of_a_fifth() -> None:
         instruction_for(OWN_SCORES)
     with pytest.raises(UsageError, match=r"score_range=\(1.0, 1.0\)"):
         instruction_for(OWN_SCORES, (1.0, 1.0))
+    rows = datasets.DatasetDict(train=make_rows(OWN_SCORES, 4))
+    assert observed_range(OWN_SCORES, rows) == (1.0, 4.0)
+    assert observed_range(get_task("stsb"), rows) is observed_range(OWN, rows) is None
 
 
 def test_own_columns_and_labels_with_braces_and_dots() -> None:
@@ -285,6 +289,7 @@ BAD = [
     ({"lora": True, "lora_r": 0}, "lora_r=0: expected a whole number above 0"),
     ({"lora": True, "lora_alpha": -1}, "lora_alpha=-1: expected a whole number above 0"),
     ({"lora": True, "lora_dropout": 1.0}, r"lora_dropout=1.0: expected a number in \[0, 1\)"),
+    ({"score_range": [1.0]}, r"score_range=\[1.0\]: expected two numbers"),
 ]
 
 
@@ -327,6 +332,27 @@ def test_the_script_with_its_recipe_tries_itself_out(
             [*recipe, "--task_name", "rte", "--output_dir", "out", "--lora", "false", "--do_eval"]
         )
     assert "lora_r=4: an option of LoRA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["classes", "scores"])
+def test_the_script_takes_rows_of_ones_own(
+    decoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import run_glue_instructions
+
+    labels = ["animal", "fruit"] if kind == "classes" else ["0.0", "2.5"]
+    lines = [f"{word},{labels[index % 2]}" for index in range(40) for word in [[ANIMALS, FRUITS][index % 2][index % 4]]]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,kind", *lines]) + "\n")
+    line = ["--train_file", str(tmp_path / "rows.csv"), "--text_columns", "text", "--label_column", "kind"]
+    line += ["--model_name_or_path", str(decoder_dir), "--report_to", "none", "--use_cpu", "--max_steps", "2"]
+    line += ["--output_dir", str(tmp_path / "out"), "--save_strategy", "no"]
+    metric = "eval_accuracy" if kind == "classes" else "eval_pearson"
+    assert metric in run_glue_instructions.main([*line, "--dry_run"])
+    assert "the first of your own" in capsys.readouterr().out
+    if kind == "classes":
+        assert metric in run_glue_instructions.main([*line, "--do_train", "--do_eval"])
+        assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_the_scripts_help_names_its_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

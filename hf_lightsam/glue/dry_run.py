@@ -8,7 +8,6 @@ the memory that it needs, and the GPU.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import tempfile
@@ -47,6 +46,9 @@ from ..errors import report_usage_errors
 from ..interruptible import _without_resume
 from ..optim.recipes import get_recipe
 from ..optim_flag import is_registered, optim_name
+from .arguments import DataArguments
+from .instructions import instruction_for, observed_range
+from .own_data import load_own_data
 from .recipe import last_flags
 from .tasks import GlueTask, get_task
 
@@ -137,18 +139,19 @@ def _change_flags(argv: list[str], parser: HfArgumentParser, folder: Path, is_ca
     known = {action.dest for action in parser._actions}
     given = last_flags(
         argv,
-        *("model_name_or_path", "cache_dir", "task_name", "fp16", "per_device_train_batch_size"),
-        *("gradient_accumulation_steps", "torch_compile"),
+        *("model_name_or_path", "cache_dir", "fp16", "torch_compile"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps"),
     )
-    task = get_task(given["task_name"]) if given["task_name"] else None
+    data = HfArgumentParser(DataArguments).parse_args_into_dataclasses(argv, return_remaining_strings=True)[0]  # type: ignore[arg-type]
     size, pieces = _number(given["per_device_train_batch_size"], 8), _number(given["gradient_accumulation_steps"], 1)
     batch = min(size, BATCH)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     num_rows = min(STEPS * batch * pieces * num_processes, MAX_ROWS)
     watch.wanted_batch = size
     config = _small_config(given["model_name_or_path"] or "", given["cache_dir"], is_causal, watch)
-    texts = _sentences(num_rows + 1)
-    _save_model(config, _make_tokenizer(config, task, texts), folder / "model", is_causal)
+    prepare = _invent_rows if data.task_name is not None else _find_own_rows
+    texts, row_flags, watch.rows = prepare(data, num_rows, folder / "glue")
+    _save_model(config, _make_tokenizer(config, texts), folder / "model", is_causal)
     flags: dict[str, Any] = {
         "model_name_or_path": folder / "model",
         "tokenizer_name": folder / "model",
@@ -167,15 +170,8 @@ def _change_flags(argv: list[str], parser: HfArgumentParser, folder: Path, is_ca
         "do_eval": True,
         "do_predict": True,
         "dry_run": False,
+        **row_flags,
     }
-    if task is None:  # rows of one's own lie on this machine already
-        flags |= {"max_train_samples": num_rows, "max_eval_samples": BATCH, "max_predict_samples": BATCH}
-        watch.rows = "your own, cut to the first few"
-    else:
-        write_rows(task, folder / "glue", texts)
-        flags |= {"data_dir": folder / "glue", "do_train": "train" in task.splits}
-        flags |= {"do_eval": bool(task.validation_splits), "do_predict": bool(task.test_splits)}
-        watch.rows = f"invented ones of {task.name}"
     if given["fp16"] == "true":
         flags |= {"fp16": False, "bf16": True}
         watch.notes.append("float16 is not to be had on CPUs: bfloat16 in its place")
@@ -227,19 +223,15 @@ def guess_model_type(name: str, is_causal: bool = False) -> str | None:
     return known[max(found, key=len)] if found else None
 
 
-def _make_tokenizer(config: PreTrainedConfig, task: GlueTask | None, texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """Make a tokenizer of whole words; for decoders one without a token to pad by, as theirs are."""
-    from .instructions import instruction_for
-
+def _make_tokenizer(config: PreTrainedConfig, texts: Sequence[str]) -> PreTrainedTokenizerBase:
+    """Make a tokenizer of whole words and of digits; for decoders one without a token to pad by, as theirs are."""
     is_decoder = (
         config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     )
     special = ["<unk>", "</s>"] if is_decoder else ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    splitter = pre_tokenizers.Whitespace()
-    asked = instruction_for(task) if task is not None else None
-    spoken = [*texts, *([asked.template, *asked.answers] if asked is not None else [])]
-    words = dict.fromkeys(word for text in spoken for word, _ in splitter.pre_tokenize_str(text))
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)])
+    words = dict.fromkeys(word for text in [*texts, "0123456789.-"] for word, _ in splitter.pre_tokenize_str(text))
     vocabulary = {word: index for index, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[0] if is_decoder else "[UNK]"))
     tokenizer.pre_tokenizer = splitter
@@ -275,8 +267,40 @@ def _save_model(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, fo
 # ---- Rows -----------------------------------------------------------------------------------------------------------
 
 
-def _sentences(number: int) -> list[str]:
-    return [row["sentence"] for row in make_rows("train", math.ceil(number / 2), seed=0)][:number]
+def _invent_rows(data: DataArguments, number: int, folder: Path) -> tuple[list[str], dict[str, Any], str]:
+    """Write rows of a task of GLUE; return all that is said in them, the flags that name them, and what they are."""
+    task = get_task(str(data.task_name))
+    sentences = [row["sentence"] for row in make_rows("train", math.ceil((number + 1) / 2), seed=0)][: number + 1]
+    write_rows(task, folder, sentences)
+    flags = {
+        "data_dir": folder,
+        "verify_data": False,
+        "do_train": "train" in task.splits,
+        "do_eval": bool(task.validation_splits),
+        "do_predict": bool(task.test_splits),
+    }
+    instruction = instruction_for(task)
+    return [*sentences, instruction.template, *instruction.answers], flags, f"invented ones of {task.name}"
+
+
+def _find_own_rows(data: DataArguments, number: int, folder: Path) -> tuple[list[str], dict[str, Any], str]:
+    """Return the same for rows of one's own, which lie on this machine already and are cut to the first few."""
+    task, rows = load_own_data(
+        str(data.train_file),
+        text_columns=data.text_columns or [],
+        label_column=str(data.label_column),
+        regression=data.regression,
+        on_missing="drop",  # here; the script does as it is told, and tells
+    )
+    texts = [text for column in task.text_columns for text in rows["train"][column][:number]]
+    flags = {
+        "max_train_samples": number,
+        "max_eval_samples": BATCH,
+        "max_predict_samples": BATCH,
+        "do_predict": data.test_file is not None,
+    }
+    instruction = instruction_for(task, observed_range(task, rows))
+    return [*texts, instruction.template, *instruction.answers], flags, "the first of your own"
 
 
 def write_rows(task: GlueTask, folder: Path, texts: Sequence[str]) -> None:
@@ -339,9 +363,7 @@ def _fit_for_cpus(watch: _Watch) -> Iterator[None]:
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         precision["ACCELERATE_MIXED_PRECISION"] = "bf16"
         watch.notes.append("float16 is not to be had on CPUs: bfloat16 in its place")
-    official = logging.getLogger(f"{__package__}.official")  # says that invented rows are not the official ones
     with (
-        mock.patch.object(official, "disabled", True),
         fsdp_on_cpus(),
         mock.patch.object(transformers.trainer, "DEFAULT_CALLBACKS", callbacks),
         mock.patch.dict(os.environ, precision),

@@ -36,7 +36,7 @@ NUM_SCORES = 26
 
 @dataclass
 class InstructionArguments:
-    """LoRA, for ``HfArgumentParser``. Without it all weights are trained."""
+    """LoRA, without which all weights are trained, and the scores of one's own rows; for ``HfArgumentParser``."""
 
     lora: bool = field(default=False, metadata={"help": "Train low-rank adapters (LoRA) and not the model's weights."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters. Default: 8."})
@@ -50,6 +50,12 @@ class InstructionArguments:
         default=None,
         metadata={"help": "Names of the adapted modules, parted by commas. Default: PEFT's for the architecture."},
     )
+    score_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Lowest and highest score of a regression on your own rows. Default: those of the training rows."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -62,6 +68,8 @@ class InstructionArguments:
                 raise UsageError(f"{name}={value!r}: expected a whole number above 0")
         if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout={self.lora_dropout!r}: expected a number in [0, 1)")
+        if self.score_range is not None and len(self.score_range) != 2:
+            raise UsageError(f"score_range={self.score_range!r}: expected two numbers")
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
 """The instructions of GLUE's classifications, in this project's own words."""
 
 
-def instruction_for(task: TextTask, score_range: tuple[float, float] | None = None) -> Instruction:
+def instruction_for(task: TextTask, score_range: Sequence[float] | None = None) -> Instruction:
     """Return a task's instruction: one of :data:`INSTRUCTIONS`, or one made of the task's columns and labels.
 
     Args:
@@ -137,6 +145,13 @@ def instruction_for(task: TextTask, score_range: tuple[float, float] | None = No
     else:
         template = _plain_template(task, f"Which score is it, from {words[0]} to {words[-1]}?\nAnswer:")
     return Instruction(template, words, tuple(map(float, words)))
+
+
+def observed_range(task: TextTask, rows: datasets.DatasetDict) -> tuple[float, float] | None:
+    """Return the lowest and highest score of the training rows of a regression of one's own; None for all else."""
+    if isinstance(task, GlueTask) or not task.is_regression or "train" not in rows:
+        return None
+    return min(rows["train"]["label"]), max(rows["train"]["label"])
 
 
 def _plain_template(task: TextTask, question: str) -> str:
