@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from hf_lightsam import RECIPES, UsageError
+from hf_lightsam.glue.suite.rows import digest
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "compare_methods.py"
 METHODS = ["adamw_torch_fused", "sam:rho=0", "sam:rho=0.5,descent=sgd", "msam", "lets_sam"]
@@ -70,26 +72,26 @@ def rows(results: Path) -> list[dict[str, str]]:
 
 def test_a_line_for_each_run(finished: Path) -> None:
     runs = rows(finished)
-    assert [(run["seed"], run["method"], run["options"]) for run in runs] == [
-        (seed, name, options)
-        for seed in "34"
-        for name, options in (
-            ("adamw_torch_fused", ""),
-            ("sam", "rho=0"),
-            ("sam", "descent=sgd,rho=0.5"),
-            ("msam", ""),
-            ("lets_sam", ""),
-        )
+    wanted = [
+        ("adamw_torch_fused", ""),
+        ("lets_sam", ""),
+        ("msam", ""),
+        ("sam", "descent=sgd,rho=0.5"),
+        ("sam", "rho=0"),
+    ]
+    assert [(run["method"], run["options"], run["seed"]) for run in runs] == [
+        (*name, s) for name in wanted for s in "34"
     ]
     assert {run["metric"] for run in runs} == {"matthews_correlation"}
     assert len({run["data"] for run in runs}) == 2  # the training rows of two seeds
     assert finished.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(finished.with_suffix(".json").read_text())["tasks"]["cola"]["learning_rate"] == 1e-2
 
 
 def test_methods_are_paired(finished: Path) -> None:
     """Without a perturbation SAM over AdamW is AdamW: the same rows, order, classifier and dropout give its losses."""
     for seed in "34":
-        adamw, still, sgd, msam, _ = (run for run in rows(finished) if run["seed"] == seed)
+        adamw, _, msam, sgd, still = (run for run in rows(finished) if run["seed"] == seed)
         assert float(still["eval_loss"]) == pytest.approx(float(adamw["eval_loss"]), abs=2e-6)
         assert float(still["train_loss"]) == pytest.approx(float(adamw["train_loss"]), abs=2e-6)
         assert abs(float(sgd["eval_loss"]) - float(adamw["eval_loss"])) > 1e-4
@@ -97,22 +99,26 @@ def test_methods_are_paired(finished: Path) -> None:
         assert int(sgd["row_gradients"]) == int(msam["row_gradients"]) == 48
 
 
-def test_resumes_and_adds(compare, finished, model_dir, data_dir, tmp_path, capsys) -> None:
-    """A line that a kill cut off is made again, what is there stays, more methods are added."""
+def test_goes_on_and_adds(compare, finished, model_dir, data_dir, tmp_path, capsys) -> None:
+    """What is there stays, another method is added."""
     results = tmp_path / "results.csv"
-    lines = finished.read_text().splitlines(keepends=True)
-    results.write_text("".join(lines[:4]) + lines[4][:-9])
-    results.with_suffix(".json").write_text(finished.with_suffix(".json").read_text())
-    methods = [*METHODS[:2], *METHODS[3:4], "lightsam_adam"]
+    shutil.copytree(finished.with_suffix(""), tmp_path / "results")
+    methods = ["sam:rho=0", "lightsam_adam"]
     compare.main(line(model_dir, data_dir, results, methods, "--seeds", "3", "--learning_rate", "1e-2", "--no_plot"))
-    after = results.read_text().splitlines(keepends=True)
-    assert after[:4] == lines[:4]
-    made = [(run["method"], run["score"], run["eval_loss"]) for run in rows(results)[3:]]
-    cut = rows(finished)[3]
-    assert made[0] == ("msam", cut["score"], cut["eval_loss"])
-    assert [name for name, _, _ in made[1:]] == ["lightsam_adam"]
+    before, after = rows(finished), rows(results)
+    assert [run for run in after if run["method"] != "lightsam_adam"] == before
+    assert [(run["method"], run["seed"]) for run in after if run not in before] == [("lightsam_adam", "3")]
     assert "| lightsam_adam | 1 |" in capsys.readouterr().out
     assert not results.with_suffix(".png").exists()
+
+
+def test_a_file_without_its_suite_is_not_overwritten(compare, finished, model_dir, data_dir, tmp_path, capsys) -> None:
+    results = tmp_path / "results.csv"
+    shutil.copyfile(finished, results)
+    with pytest.raises(SystemExit):
+        compare.main(line(model_dir, data_dir, results, ["msam"], "--seeds", "3", "--learning_rate", "1e-2"))
+    assert "it has runs that this command would not make again" in capsys.readouterr().err
+    assert results.read_bytes() == finished.read_bytes()
 
 
 def test_refuses_other_settings_and_rows(compare, finished, model_dir, data_dir, tmp_path, capsys) -> None:
@@ -132,14 +138,16 @@ def test_refuses_other_settings_and_rows(compare, finished, model_dir, data_dir,
 def test_table(compare, capsys, tmp_path) -> None:
     """Statistics of invented runs, one seed of which the baseline does not have."""
     results = tmp_path / "results.csv"
-    results.write_text(",".join(compare.COLUMNS) + "\n")
     scores = {"adamw_torch_fused": [0.1, 0.2, 0.6], "sam": [0.2, 0.4, 0.9, 0.0]}
-    for method, values in scores.items():
-        for seed, score in enumerate(values):
-            cost = 2 if method == "sam" else 1
-            run = {"task": "cola", "method": method, "seed": seed, "metric": "matthews_correlation", "score": score}
-            run |= {"eval_loss": 0.5, "row_gradients": 64 * cost, "train_seconds": (seed + 1) * cost}
-            compare.append_result(results, run)
+    with results.open("w") as file:
+        print(
+            "task,method,options,seed,split,metric,score,eval_loss,row_gradients,train_seconds,data,settings", file=file
+        )
+        for method, values in scores.items():
+            for seed, score in enumerate(values):
+                cost = 2 if method == "sam" else 1
+                costs = f"{64 * cost},{(seed + 1) * cost}"
+                print(f"cola,{method},,{seed},validation,matthews_correlation,{score},0.5,{costs},d,s", file=file)
     compare.main(["--table", "--no_plot", "--results", str(results)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "### cola, matthews_correlation"
@@ -161,15 +169,14 @@ def test_committed_results(compare) -> None:
     """All methods, two tasks, three seeds; a method's row that is another's with its defaults gave the same scores."""
     results = SCRIPT.parent / "results" / "compare_methods.csv"
     runs = compare.read_results(results)
-    by_key = {(run["task"], int(run["seed"]), run["method"]): run for run in runs}
+    scores = runs.set_index(["task", "seed", "method"])["score"]
     wanted = {(task, seed, name) for task in ("sst2", "stsb") for seed in range(3) for name in METHODS_COMPARED}
-    assert set(by_key) == wanted
+    assert set(scores.index) == wanted
     assert len(runs) == len(wanted)
-    assert {run["settings"] for run in runs} == {compare._digest(json.loads(results.with_suffix(".json").read_text()))}
+    assert set(runs["settings"]) == {digest(json.loads(results.with_suffix(".json").read_text()))}
     for task in ("sst2", "stsb"):
         for seed in range(3):
-            first, second = (by_key[task, seed, name] for name in ("lightsam_adam", "lightsam"))
-            assert first["score"] == second["score"]
+            assert scores[task, seed, "lightsam_adam"] == scores[task, seed, "lightsam"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -170,7 +170,7 @@ class Request:
         tasks: In GLUE's order.
         seeds: Each once.
         methods: The baseline first, if there is one, then the studied method, then the further ones.
-        studied: The method of ``--optim``.
+        studied: The method of ``--optim``; None where all are alike.
         baseline: What it is compared with; None for no comparison.
         given: What the command line has, without defaults.
         recipe: Settings by task, behind those of the command line.
@@ -180,7 +180,7 @@ class Request:
     tasks: tuple[GlueTask, ...]
     seeds: tuple[int, ...]
     methods: tuple[Method, ...]
-    studied: Method
+    studied: Method | None
     baseline: Method | None
     given: dict[str, Any]
     recipe: Recipe | None
@@ -233,7 +233,7 @@ class Request:
             "transformers": transformers.__version__,
         }
         return {
-            "optim": self.studied.label,
+            "optim": None if self.studied is None else self.studied.label,
             "baseline": None if self.baseline is None else self.baseline.label,
             "shared": shared,
             "tasks": {task.name: self._task_settings(task) for task in self.tasks},
@@ -296,7 +296,7 @@ def parse(argv: Sequence[str], program: str) -> Request:
         recipe,
     )
     if not arguments.table:
-        _check(request)
+        check(request)
     return request
 
 
@@ -338,7 +338,16 @@ def parse_seeds(numbers: Sequence[int]) -> tuple[int, ...]:
     """
     if len(numbers) == 1 and not 1 <= numbers[0] <= 10_000:
         raise UsageError(f"seeds={numbers[0]!r}: expected how many, from 1 to 10000, or several seeds")
-    seeds = tuple(range(numbers[0])) if len(numbers) == 1 else tuple(numbers)
+    return check_seeds(range(numbers[0]) if len(numbers) == 1 else numbers)
+
+
+def check_seeds(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Return seeds if all are in range and none is there twice.
+
+    Raises:
+        UsageError: If not.
+    """
+    seeds = tuple(numbers)
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise UsageError(f"seeds={seed!r}: expected whole numbers from 0 to 4294967295")
@@ -372,8 +381,12 @@ def _of_task(recipe: Recipe | None, task: GlueTask) -> dict[str, Any]:
     return {} if recipe is None else recipe.settings(task.name)
 
 
-def _check(request: Request) -> None:
-    """Check all that can be without loading data or model."""
+def check(request: Request) -> None:
+    """Check all that can be without loading data or model.
+
+    Raises:
+        UsageError: Naming the argument.
+    """
     if request.recipe is not None:
         for task in request.tasks:
             request.recipe.settings(task.name)
@@ -382,6 +395,8 @@ def _check(request: Request) -> None:
         missing = [name for name in TASKS if name not in {task.name for task in request.tasks}]
         if missing:
             raise UsageError(f"submission: the GLUE server takes all nine tasks; missing: {', '.join(missing)}")
+        if request.studied is None:
+            raise UsageError("submission: expected one method whose answers they are, by hf-lightsam glue --optim")
     for task in request.tasks:
         for method in request.methods:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import torch
@@ -38,13 +38,28 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
         if request.arguments.table:
             print(tables(read_results(request.output_dir), request.baseline))
             return
+    run(request, [*program.split(), *argv], program, _conclude)
+
+
+def run(request: Request, command: Sequence[str], program: str, conclude: Callable[[Suite], None]) -> None:
+    """Make the runs of a request that are not there yet.
+
+    Args:
+        request: What to run.
+        command: The command line that goes on after an interruption.
+        program: What messages call the command.
+        conclude: Called by the main process when all runs are there.
+
+    Raises:
+        SystemExit: As for :func:`main`.
+    """
+    with report_usage_errors(program):
         quiet(request)
-        command = [*program.split(), *argv]
         suite = Suite(request, command)
     try:
         suite.make_runs()
         if suite.is_main:
-            _conclude(suite, program)
+            conclude(suite)
     except KeyboardInterrupt:
         if suite.is_main:
             print(
@@ -67,13 +82,13 @@ def quiet(request: Request) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _conclude(suite: Suite, program: str) -> None:
+def _conclude(suite: Suite) -> None:
     """Print and write the tables, and the submission."""
     results = read_results(suite.output_dir)
     text = tables(results, suite.request.baseline)
     write_atomically(suite.output_dir / TABLES, text + "\n")
     print(text)
     if suite.request.arguments.submission:
-        with report_usage_errors(program):
+        with report_usage_errors(PROGRAM):
             path = suite.write_submission(results)
         print(f"\n{path}")

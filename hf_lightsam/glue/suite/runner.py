@@ -70,6 +70,11 @@ class Run:
         return run_folder(root, self.task.name, self.method, self.seed)
 
 
+def runs_of(request: Request) -> list[Run]:
+    """Return the runs of a request: seed by seed, so that what an interrupted suite has is balanced."""
+    return [Run(task, method, seed) for seed in request.seeds for task in request.tasks for method in request.methods]
+
+
 class Suite:
     """All that the runs of a request need, loaded and checked.
 
@@ -161,10 +166,7 @@ class Suite:
 
     def runs(self) -> list[Run]:
         """Return all runs that were asked for, in the order in which they are made."""
-        request = self.request
-        return [
-            Run(task, method, seed) for seed in request.seeds for task in request.tasks for method in request.methods
-        ]
+        return runs_of(self.request)
 
     def _open_store(self) -> list[RunKey]:
         """Open the store, refuse other settings and rows than those of its runs, and clear up after a kill."""
@@ -368,9 +370,11 @@ class Suite:
 
     def write_submission(self, results: pd.DataFrame) -> Path:
         """Write the zip for the GLUE server: of each task, the seed with the best development score."""
+        studied = self.request.studied
+        assert studied is not None
         predictions: dict[tuple[str, str], np.ndarray] = {}
         for task in self.request.tasks:
-            run = Run(task, self.request.studied, best_seed(results, task, self.request.studied))
+            run = Run(task, studied, best_seed(results, task, studied))
             for split, rows in self.test_rows[task.name].items():
                 path = self._prediction_file(run, split)
                 found = read_predictions(path)

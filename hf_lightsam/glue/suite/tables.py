@@ -34,7 +34,7 @@ def scores_by_metric(results: pd.DataFrame) -> dict[tuple[str, str, str], Scores
             for metric in task.metrics:
                 own = lines[(lines["task"] == name) & (lines["split"] == split) & (lines["metric"] == metric)]
                 if len(own):
-                    found[name, split, metric] = _by_seed(own, "score")
+                    found[name, split, metric] = by_seed(own, "score")
     return found
 
 
@@ -51,7 +51,8 @@ def glue_averages(results: pd.DataFrame) -> Scores:
     return scores
 
 
-def _by_seed(lines: pd.DataFrame, column: str) -> Scores:
+def by_seed(lines: pd.DataFrame, column: str) -> Scores:
+    """Return a column of labelled lines that have one line a method and seed."""
     scores: Scores = {}
     for label, seed, value in zip(lines["label"], lines["seed"], lines[column], strict=True):
         scores.setdefault(label, {})[int(seed)] = float(value)
@@ -100,9 +101,9 @@ def cost_table(results: pd.DataFrame, baseline: Method | None) -> str:
     cells = []
     for name in [name for name in TASKS if name in set(lines["task"])]:
         own = lines[lines["task"] == name]
-        by_column = {column: _by_seed(own, column) for column in (*columns, "state_over_weights")}
+        by_column = {column: by_seed(own, column) for column in (*columns, "state_over_weights")}
         for label in summaries(by_column["row_gradients"], baseline):
-            values = [_cost(by_column[column], label, baseline) for column in columns]
+            values = [cost_ratio(by_column[column], label, baseline) for column in columns]
             seconds = statistics.median(by_column["step_seconds"][label].values())
             state = statistics.median(by_column["state_over_weights"][label].values())
             cells.append([name, label, *(number(value, 2) for value in (*values, state)), number(seconds, 4)])
@@ -110,7 +111,8 @@ def cost_table(results: pd.DataFrame, baseline: Method | None) -> str:
     return markdown(header, cells, numbers_from=2)
 
 
-def _cost(values: Scores, label: str, baseline: Method | None) -> float:
+def cost_ratio(values: Scores, label: str, baseline: Method | None) -> float:
+    """Return a cost as a multiple of the baseline's on the same seed, the median over seeds; NaN without any."""
     reference = values.get(baseline.label, {}) if baseline else {}
     ratios = [value / reference[seed] for seed, value in values[label].items() if reference.get(seed)]
     return statistics.median(ratios) if ratios else math.nan
