@@ -165,8 +165,6 @@ def launch(script: str, *arguments: str, folder: Path, **environment: str) -> su
 @pytest.mark.parametrize(
     ("script", "told"),
     [
-        ("cpu.sh", ["float32", "1 on cpu, no engine"]),
-        ("one_gpu.sh", ["float32", "1 on cpu, no engine"]),
         ("bf16.sh", ["bf16 autocast", "1 on cpu, no engine"]),
         ("ddp.sh", ["bf16 autocast", "2 on cpu, DDP", "4 rows x 1 micro-batches x 2 processes a step"]),
         ("fsdp2.sh", ["bf16 autocast", "2 on cpu, FSDP2, weights sharded", "roberta of width 16"]),
@@ -182,6 +180,34 @@ def test_launch_scripts_try_themselves_out_without_a_gpu(script: str, told: list
     for part in told:
         assert part in done.stdout
     assert left(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shell scripts")
+@pytest.mark.usefixtures("_own_temporary_folder")
+@pytest.mark.parametrize("script", ["cpu.sh", "one_gpu.sh"])
+def test_launch_scripts_of_one_process_in_this_one(
+    run_glue: ModuleType, script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What they hand to accelerate, and what that does then, without the seconds that one more interpreter takes."""
+    stub = tmp_path / "temporary" / "bin" / "accelerate"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$RECORD"\n')
+    stub.chmod(0o755)
+    record = tmp_path / "temporary" / "record"
+    flags = ["--dry_run", "--task_name", "qnli"]
+    done = launch(
+        script, *flags, folder=tmp_path, RECORD=str(record), PATH=f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    assert done.returncode == 0, done.stderr
+    line = record.read_text().splitlines()
+    configured = ["launch", "--config_file", str(EXAMPLES / "accelerate_configs" / "cpu.yaml")]
+    configured += ["--mixed_precision", "no"] if script == "one_gpu.sh" else []
+    assert line[: len(configured) + 1] == [*configured, str(EXAMPLES / "run_glue.py")]
+    assert line[-3:] == flags
+    run_glue.main(line[len(configured) + 1 :])
+    said = capsys.readouterr().out
+    assert "bert of width 16, by its name, in place of google-bert/bert-base-cased" in said
+    assert "invented ones of qnli" in said
 
 
 @pytest.mark.skipif(os.name != "posix", reason="shell scripts")
