@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -13,11 +14,13 @@ from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import nbformat
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from conftest import sentence
 from torch.distributed.run import get_args_parser
 
 from hf_lightsam.cli import main as cli
@@ -98,7 +101,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         for block in re.findall(r"^ *```bash\n(.*?)^ *```", prose(path), re.DOTALL | re.MULTILINE):
             for line in block.replace("\\\n", " ").splitlines():
                 words = re.sub(r"\s#.*", "", line).split()
-                if "hf-lightsam" in words or any(word.startswith("examples/") for word in words):
+                if "hf-lightsam" in words or any(re.fullmatch(r"examples/.+\.py", word) for word in words):
                     yield str(path.relative_to(ROOT)), words
 
 
@@ -158,3 +161,17 @@ def test_commands_are_found_and_a_wrong_flag_is_told() -> None:
         test_the_flags_of_a_command_exist("page", ["hf-lightsam", "demo", "--num_hats", "3"])
     with pytest.raises(AssertionError, match="num_hats"):
         test_the_flags_of_a_command_exist("page", ["accelerate", "launch", "--num_hats=3", "examples/run_glue.py"])
+
+
+def test_own_data_from_python(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's code runs, with a small model and few rows."""
+    chooser = random.Random(0)
+    lines = [f"{sentence(chooser)},{chooser.choice(['one', 'five'])}" for _ in range(40)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,stars", *lines]))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guides" / "own_data.md").read_text(), re.DOTALL)
+    code = code.replace("google-bert/bert-base-cased", str(model_dir)).replace("num_train_epochs=3", "max_steps=2")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["task"].labels == ("five", "one")
+    assert names["trainer"].state.global_step == 2
