@@ -67,7 +67,7 @@ def line(model_dir: Path, data_dir: Path, folder: Path, *flags: str) -> list[str
 def resumable(model_dir: Path, data_dir: Path, folder: Path) -> list[str]:
     """Four runs of six steps, with a checkpoint each second step."""
     flags = ["--tasks", "stsb", "--seeds", "2", "--max_steps", "6", "--save_steps", "2", "--learning_rate", "1e-3"]
-    return line(model_dir, data_dir, folder, *flags)
+    return line(model_dir, data_dir, folder, *flags, "--keep_models", "best")
 
 
 def without_costs(folder: Path) -> str:
@@ -165,6 +165,15 @@ def test_the_same_command_makes_no_run_again(finished, model_dir, glue_dir, caps
     assert capsys.readouterr().out == (finished / "tables.md").read_text()
 
 
+def test_a_submission_makes_what_it_lacks(finished, model_dir, glue_dir, capsys) -> None:
+    before = (finished / "submission.zip").read_bytes()
+    predictions.prediction_file(finished, "cola", Method("lightsam_adam"), 0, "test").unlink()
+    flags = ["--tasks", "all", "--seeds", "1", "--max_steps", "2", "--submission", "--keep_models", "best"]
+    main(line(model_dir, glue_dir, finished, *flags))
+    assert "17 of 18 runs were there already\n[18/18] cola, seed 0, lightsam_adam" in capsys.readouterr().err
+    assert (finished / "submission.zip").read_bytes() == before
+
+
 def test_settings_and_rows_of_others_are_refused(finished, model_dir, glue_dir, tmp_path, capsys) -> None:
     other = write_glue(tmp_path / "other", seed=1)
     for data_dir, flags, told in (
@@ -255,12 +264,13 @@ KILLS = [
     (runner.LightSAMTrainer, "_save_rng_state", 1, "after"),
     (runner, "save_predictions", 1, "before"),
     (runner, "save_predictions", 1, "after"),
+    (runner.Suite, "_keep_model", 1, "after"),
     (Store, "add", 1, "before"),
     (Store, "add", 1, "after"),
     (Store, "export", 2, "before"),
     (store, "write_atomically", 3, "before"),
     (runner.Suite, "_clear", 2, "before"),
-    (runner.shutil, "rmtree", 1, "after"),
+    (runner.Suite, "_drop_other_models", 4, "before"),
 ]
 """Points of a suite, one after the other in the same folder: each is where the next attempt ends."""
 
@@ -280,6 +290,10 @@ def assert_same_suite(folder: Path, uninterrupted: Path) -> None:
     assert files[0] == files[1]
     for path in uninterrupted.rglob("*.parquet"):
         pd.testing.assert_frame_equal(pd.read_parquet(folder / path.relative_to(uninterrupted)), pd.read_parquet(path))
+    models = list(uninterrupted.rglob("model.safetensors"))
+    assert len(models) == 2  # of each method the best seed's
+    for path in models:
+        assert (folder / path.relative_to(uninterrupted)).read_bytes() == path.read_bytes()
 
 
 def test_killed_at_every_kind_of_point(uninterrupted, model_dir, glue_dir, tmp_path) -> None:

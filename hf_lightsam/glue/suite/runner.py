@@ -192,6 +192,7 @@ class Suite:
             done = [run for run in self.runs() if run.key in made and self._has_predictions(run)]
             for run in done:
                 self._clear(run)
+                self._drop_other_models(run, store)
         except BaseException:
             store.close()
             raise
@@ -345,8 +346,7 @@ class Suite:
         self._store.add([{**shared, **line} for line in scores])
         self._store.export()
         self.done.add(run.key)
-        if self.request.arguments.keep_models == "best":
-            self._drop_other_models(run)
+        self._drop_other_models(run, self._store)
         self._clear(run)
 
     # ---- Models and submission ----------------------------------------------------------------------------------
@@ -359,13 +359,14 @@ class Suite:
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
 
-    def _drop_other_models(self, run: Run) -> None:
-        assert self._store is not None
-        best = best_seed(self._store.results(), run.task, run.method)
-        folder = run.folder(self.output_dir / MODELS)
-        kept = folder.with_name(f"seed-{best}")
-        for other in folder.parent.glob("seed-*"):
-            if other != kept and (kept.is_dir() or other.name.endswith(".partial")):
+    def _drop_other_models(self, run: Run, store: Store) -> None:
+        """Keep only the best seed's model of a run's task and method, if that is what is kept."""
+        folder = run.folder(self.output_dir / MODELS).parent
+        if self.request.arguments.keep_models != "best" or not folder.is_dir():
+            return
+        kept = folder / f"seed-{best_seed(store.results(), run.task, run.method)}"
+        for other in folder.glob("seed-*") if kept.is_dir() else ():
+            if other != kept:
                 shutil.rmtree(other)
 
     def write_submission(self, results: pd.DataFrame) -> Path:
