@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -163,6 +164,21 @@ def test_the_same_command_makes_no_run_again(finished, model_dir, glue_dir, caps
     assert printed.startswith((finished / "tables.md").read_text().rstrip())
     main(["glue", "--table", "--output_dir", str(finished)])
     assert capsys.readouterr().out == (finished / "tables.md").read_text()
+
+
+def test_the_files_of_a_repository_are_enough(finished, model_dir, glue_dir, tmp_path, capsys) -> None:
+    """Tables are shown, and a suite goes on, from results.csv and settings.json alone."""
+    for name in ("results.csv", "settings.json"):
+        shutil.copy(finished / name, tmp_path / name)
+    main(["glue", "--table", "--output_dir", str(tmp_path)])
+    assert capsys.readouterr().out == (finished / "tables.md").read_text()
+    main(line(model_dir, glue_dir, tmp_path, "--tasks", "cola", "--seeds", "0", "1", "--max_steps", "2"))
+    assert "2 of 4 runs were there already" in capsys.readouterr().err
+    before, after = read_results(finished), read_results(tmp_path / "results.csv")
+    pd.testing.assert_frame_equal(after[after["seed"] == 0].reset_index(drop=True), before)
+    with pytest.raises(SystemExit):
+        main(line(model_dir, glue_dir, tmp_path, "--tasks", "cola", "--seeds", "1", "--max_steps", "4"))
+    assert len(read_results(tmp_path / "results.csv")) == len(after)
 
 
 def test_a_submission_makes_what_it_lacks(finished, model_dir, glue_dir, capsys) -> None:
@@ -398,6 +414,15 @@ def test_two_processes(model_dir, glue_dir, tmp_path) -> None:
     assert both["train_loss"].tolist() == pytest.approx(alone["train_loss"].tolist(), rel=0.02)
 
 
+def test_a_diverged_run_is_written_down(model_dir, glue_dir, tmp_path) -> None:
+    """Scores of answers that are no numbers are 0, losses empty."""
+    flags = ["--tasks", "stsb", "--seeds", "1", "--max_steps", "3", "--learning_rate", "1e38", "--baseline", "none"]
+    main(line(model_dir, glue_dir, tmp_path, *flags))
+    results = read_results(tmp_path)
+    assert results["score"].tolist() == [0.0, 0.0]
+    assert results["eval_loss"].isna().all()
+
+
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
@@ -446,6 +471,17 @@ def test_bad_input(model_dir, glue_dir, tmp_path, capsys, flags: list[str], told
     assert error.value.code == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_the_defaults_of_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["glue", "--help"])
+    assert done.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "usage: hf-lightsam glue" in told
+    assert "(default: glue_output)" in told
+    assert "(default: 200)" in told
+    assert "In --output_dir: results.csv" in told
 
 
 def test_recipes_stand_behind_the_flags(tmp_path: Path) -> None:

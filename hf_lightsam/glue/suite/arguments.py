@@ -259,18 +259,25 @@ def settings_digest(settings: dict[str, Any], task: str) -> str:
     return digest([settings["shared"], settings["tasks"][task]])
 
 
-def parse(argv: Sequence[str], program: str) -> Request:
+def parse(argv: Sequence[str], program: str, description: str | None = None) -> Request:
     """Parse and check a command line.
 
     Args:
         argv: The arguments after the program's name.
         program: Its name.
+        description: What ``--help`` begins with.
 
     Raises:
         UsageError: Naming the argument, its value and what is accepted.
         ValueError: For unknown flags.
     """
-    parser = HfArgumentParser((SuiteArguments, LightSAMTrainingArguments), prog=program, description=__doc__)  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        (SuiteArguments, LightSAMTrainingArguments),  # type: ignore[arg-type]
+        prog=program,
+        description=description,
+        formatter_class=_HelpFormatter,
+    )
+    parser.set_defaults(**DEFAULTS)  # for --help
     given = _given(parser, argv)
     recipe = load_recipe(given["recipe"], parser) if given.get("recipe") else None
     common = {} if recipe is None else _common(recipe)
@@ -300,8 +307,13 @@ def parse(argv: Sequence[str], program: str) -> Request:
     return request
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
+
+
 def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     """Return only what the command line has, without defaults, so that a recipe can stand behind it."""
+    parser.parse_args(list(argv))  # --help shows the defaults, which are hidden below
     defaults = {action: action.default for action in parser._actions}
     for action in parser._actions:
         if action.dest != "help":

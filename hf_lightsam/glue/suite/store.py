@@ -113,6 +113,18 @@ class Store:
                 f"output_dir={str(folder)!r}: {DATABASE} has the columns {', '.join(found)}; expected "
                 f"{', '.join(COLUMNS)}, or another folder"
             )
+        try:
+            self._take_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_up(self) -> None:
+        """Read the CSV file where it came alone, as from a repository."""
+        path = self.folder / EXPORT
+        if not self.runs() and path.is_file():
+            found = read_results(path)
+            self._insert(found.astype(object).where(found.notna(), None).to_dict("records"))
 
     def close(self) -> None:
         """Close the database and let others have the folder."""
@@ -137,9 +149,14 @@ class Store:
             lines: Its scores, each with all of :data:`COLUMNS`.
         """
         key = [lines[0][name] for name in KEY[:4]]
+        self._insert(lines, "DELETE FROM results WHERE task=? AND method=? AND options=? AND seed=?", key)
+
+    def _insert(self, lines: Sequence[dict[Any, Any]], before: str = "", key: Sequence[Any] = ()) -> None:
+        """Insert lines in one transaction, after a statement of its own."""
         marks = ", ".join("?" for _ in COLUMNS)
         with self._database:
-            self._database.execute("DELETE FROM results WHERE task=? AND method=? AND options=? AND seed=?", key)
+            if before:
+                self._database.execute(before, key)
             self._database.executemany(
                 f"INSERT INTO results ({', '.join(COLUMNS)}) VALUES ({marks})",
                 [[line[name] for name in COLUMNS] for line in lines],
