@@ -253,10 +253,3 @@ def _sorted(results: pd.DataFrame) -> pd.DataFrame:
     """Return lines in order of their keys, numbers as such also where all are missing."""
     kinds = {**_of_kind("INTEGER", "Int64"), **_of_kind("REAL", float), "seed": int}
     return results.astype(kinds).sort_values(list(KEY), ignore_index=True)
-
-
-def of_runs(results: pd.DataFrame, keys: Iterable[RunKey]) -> pd.DataFrame:
-    """Return the lines of some runs."""
-    wanted = set(keys)
-    own = [key in wanted for key in results[["task", "method", "options", "seed"]].itertuples(index=False, name=None)]
-    return results[own].reset_index(drop=True)
