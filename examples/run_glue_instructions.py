@@ -15,12 +15,10 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from run_glue import _evaluate, _predict, _set_up_logging, _train
 from transformers import HfArgumentParser, set_seed
 
 from hf_lightsam import LightSAMTrainingArguments, UsageError
 from hf_lightsam.errors import report_usage_errors
-from hf_lightsam.glue import load_glue
 from hf_lightsam.glue.arguments import DataArguments, ModelArguments
 from hf_lightsam.glue.dry_run import DryRunArguments, dry_run, wants_dry_run
 from hf_lightsam.glue.finetuning import load_tokenizer
@@ -30,8 +28,11 @@ from hf_lightsam.glue.instructions import (
     encode,
     instruction_for,
     load_decoder,
+    observed_range,
 )
 from hf_lightsam.glue.recipe import RecipeArguments, apply_recipe
+from hf_lightsam.glue.rows import load_requested_rows
+from hf_lightsam.glue.script import run_phases, set_up_logging
 from hf_lightsam.interruptible import resolve_checkpoint
 
 PROGRAM = "run_glue_instructions.py"
@@ -65,27 +66,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return dry_run(main, line, parser, is_causal=True)
     with report_usage_errors(PROGRAM):
         model_arguments, data_arguments, args, lora, *_ = parser.parse_args_into_dataclasses(line)
-        _set_up_logging(args)
+        set_up_logging(args)
         args.dataloader_pin_memory &= torch.accelerator.is_available()
-        if not (args.do_train or args.do_eval or args.do_predict):
-            raise UsageError("nothing to do: expected --do_train, --do_eval or --do_predict")
         if data_arguments.pad_to_max_length:
             raise UsageError("pad_to_max_length=True: instructions are padded batch by batch; expected it left out")
         checkpoint = resolve_checkpoint(str(args.output_dir), args.resume_from_checkpoint) if args.do_train else None
         set_seed(args.seed)
-        task = data_arguments.task
-        limits: dict[str, int | None] = {"train": data_arguments.max_train_samples} if args.do_train else {}
-        if args.do_eval:
-            limits |= dict.fromkeys(task.validation_splits, data_arguments.max_eval_samples)
-        if args.do_predict:
-            limits |= dict.fromkeys(task.test_splits, data_arguments.max_predict_samples)
-        raw = load_glue(task, data_arguments.data_dir, splits=list(limits))
-        for split, limit in limits.items():
-            if limit is not None:
-                raw[split] = raw[split].select(range(min(limit, len(raw[split]))))
+        task, raw = load_requested_rows(data_arguments, args)
         tokenizer = load_tokenizer(model_arguments)
         model = load_decoder(model_arguments, lora, tokenizer)
-        instruction = instruction_for(task)
+        instruction = instruction_for(task, lora.score_range or observed_range(task, raw))
         with args.main_process_first(desc="tokenizing"):
             rows = encode(
                 raw,
@@ -97,12 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             )
         evaluation = next((rows[split] for split in task.validation_splits if args.do_eval), None)
         trainer = build_instruction_trainer(model, tokenizer, task, instruction, args, rows.get("train"), evaluation)
-    if args.do_train:
-        _train(trainer, checkpoint, command)
-    metrics = _evaluate(trainer, task, rows) if args.do_eval else {}
-    if args.do_predict:
-        _predict(trainer, task, rows)
-    return metrics
+    return run_phases(trainer, task, rows, checkpoint, command)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         sync_ascent=arguments.sync_ascent,
         validation_batches=loaders.get("kept_apart"),
     )
+    accelerator.print(f"processes: {accelerator.num_processes}, steps: {total}")
     progress = tqdm(total=total, disable=not accelerator.is_main_process)
     metrics: dict[str, float] = {}
     for epoch in range(arguments.num_train_epochs):

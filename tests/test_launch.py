@@ -132,9 +132,11 @@ def test_run_glue_on_two_processes(model_dir: Path, data_dir: Path, tmp_path: Pa
         str(EXAMPLES / "run_glue.py"),
         *["--model_name_or_path", str(model_dir), "--data_dir", str(data_dir), "--output_dir", str(tmp_path)],
         *["--task_name", "cola", "--do_train", "--do_eval", "--max_steps", "3", "--report_to", "none"],
-        *["--optim", "lightsam_adam", "--sync_ascent", "false", "--save_strategy", "no"],
+        *["--optim", "lightsam_adam", "--sync_ascent", "false", "--save_strategy", "no", "--use_cpu"],
     )
-    assert "eval_matthews_correlation" in json.loads((tmp_path / "all_results.json").read_text())
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert "eval_matthews_correlation" in results
+    assert results["epoch"] == 1.0  # 3 steps of 8 rows on each of two processes: all of the 48
 
 
 def test_an_unmodified_script_on_two_processes(model_dir: Path, csv_files: list[str], tmp_path: Path) -> None:
@@ -143,6 +145,7 @@ def test_an_unmodified_script_on_two_processes(model_dir: Path, csv_files: list[
     )
     assert "in place of those of transformers" in said
     assert all("sharpness" in log for log in train_logs(tmp_path)[:3])
+    assert train_logs(tmp_path)[1]["epoch"] == 1.0  # 2 steps of 8 rows on each of two processes: all of the 32
 
 
 def test_run_glue_without_the_trainer(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -150,13 +153,14 @@ def test_run_glue_without_the_trainer(model_dir: Path, data_dir: Path, tmp_path:
     for name, config in {"one": ["--cpu", "--num_processes", "1"], "two": TWO}.items():
         # Two pieces on one process, one on each of two: the same windows, were the rows not shuffled.
         pieces = "2" if name == "one" else "1"
-        launch(
+        said = launch(
             *config,
             str(EXAMPLES / "run_glue_no_trainer.py"),
             *["--model_name_or_path", str(model_dir), "--data_dir", str(data_dir), "--output_dir"],
             *[str(tmp_path / name), "--task_name", "cola", "--num_train_epochs", "1", "--cpu", "true"],
             *["--gradient_accumulation_steps", pieces],
         )
+        assert f"processes: {1 if name == 'one' else 2}, steps: 3" in said
         results[name] = json.loads((tmp_path / name / "eval_results.json").read_text())
         assert (tmp_path / name / "model.safetensors").is_file()
     assert all("matthews_correlation" in metrics for metrics in results.values())

@@ -28,7 +28,7 @@ def run_glue() -> ModuleType:
     return module
 
 
-def arguments(model_dir: Path, data_dir: Path, output_dir: Path, task: str = "cola", **flags: object) -> list[str]:
+def arguments(model_dir: Path, data_dir: Path | None, output_dir: Path, task: str = "cola", **flags: object) -> list[str]:
     options: dict[str, object] = {
         "model_name_or_path": model_dir,
         "task_name": task,
@@ -121,10 +121,67 @@ def test_bad_input_is_one_line(run_glue, model_dir, data_dir, tmp_path, capsys, 
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """Rows of a user: words as labels, a class that is most of the rows, one row in training and test alike."""
+    lines = ["id,review,verdict"]
+    lines += [
+        f'{row},"the {"cat" if row % 6 else "dog"}, {row} and not",{"yes" if row % 6 else "no"}' for row in range(36)
+    ]
+    path = tmp_path / "reviews.csv"
+    path.write_text("\n".join(lines) + "\n")
+    (tmp_path / "new.csv").write_text("id,review\n" + "".join(f"{row},a small house {row}\n" for row in range(3)))
+    return path
+
+
+def own_arguments(model_dir: Path, reviews: Path, output_dir: Path, **flags: object) -> list[str]:
+    own: dict[str, object] = {"train_file": reviews, "test_file": reviews.with_name("new.csv")}
+    own |= {"text_columns": "review", "label_column": "verdict", "validation_share": 0.25, "task_name": None, **flags}
+    return [*arguments(model_dir, None, output_dir, **own), "--do_predict"]
+
+
+def test_rows_of_ones_own(run_glue, model_dir, reviews, tmp_path, caplog) -> None:
+    metrics = run_glue.main(own_arguments(model_dir, reviews, tmp_path / "out"))
+    assert {"eval_accuracy", "eval_f1", "eval_matthews_correlation"} <= set(metrics)
+    assert metrics["eval_samples"] == 9
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "no", "1": "yes"}
+    answered = (tmp_path / "out" / "predict_results_reviews.txt").read_text().splitlines()
+    assert answered[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in answered[1:]] == ["0", "1", "2"]
+    assert {line.split("\t")[1] for line in answered[1:]} <= {"yes", "no"}
+    assert "always answering 'yes' has an accuracy of 0.852" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"task_name": "cola"}, "train_file"),
+        ({"text_columns": None}, "text_columns: not given"),
+        ({"label_column": "opinion"}, "opinion"),
+        ({"test_file": None}, "--test_file"),
+        ({"metrics": "bleu"}, "bleu"),
+    ],
+)
+def test_wrong_flags_for_ones_own_rows(run_glue, model_dir, reviews, tmp_path, capsys, flags, told) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_glue.main(own_arguments(model_dir, reviews, tmp_path / "out", **flags))
+    assert exit_.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_diagnostic_set_is_only_predicted(run_glue, model_dir, data_dir, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run_glue.main(arguments(model_dir, data_dir, tmp_path, "ax"))
+    assert "mnli" in capsys.readouterr().err
+
+
 def test_broken_tsv_is_one_line(run_glue, model_dir, tmp_path, capsys) -> None:
     folder = tmp_path / "glue" / "CoLA"
     folder.mkdir(parents=True)
     (folder / "train.tsv").write_text("src\t1\t\tthe cat\nsrc\tone\t\tthe dog\n")
+    (folder / "dev.tsv").write_text("src\t1\t\tthe cat\n")
     with pytest.raises(SystemExit) as exit_:
         run_glue.main(arguments(model_dir, tmp_path / "glue", tmp_path / "out"))
     assert exit_.value.code == 2

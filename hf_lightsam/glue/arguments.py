@@ -1,21 +1,58 @@
-"""Which model, which rows: the flags that scripts for text classification share, for ``HfArgumentParser``."""
+"""Which model, which rows: the flags that scripts for text tasks share, for ``HfArgumentParser``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..errors import UsageError
+from .metrics import METRICS
 from .tasks import TASKS, get_task
 
 
 @dataclass
 class DataArguments:
-    """Which task, from where, and how much of it."""
+    """Which task, from where, and how much of it: one of GLUE, or files of one's own."""
 
-    task_name: str = field(metadata={"help": f"The GLUE task: {', '.join(TASKS)}."})
+    task_name: str | None = field(
+        default=None, metadata={"help": f"The GLUE task: {', '.join(TASKS)}; ax to predict the diagnostic set."}
+    )
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder in GLUE's own TSV layout (CoLA/train.tsv, ...). Default: nyu-mll/glue from the hub."},
+        metadata={
+            "help": "Folder in GLUE's own TSV layout (CoLA/train.tsv, ...), with a copy of the hub's dataset, or of "
+            "save_to_disk. Default: nyu-mll/glue from the hub."
+        },
+    )
+    verify_data: bool = field(
+        default=True, metadata={"help": "Warn of files that are not GLUE's official ones, by row count and checksum."}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Rows of your own in place of a GLUE task: a .csv, .tsv, .json, .jsonl or .parquet file."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Your rows to evaluate on. Default: a share of the training rows."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Your rows to predict."})
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "Your column of the text, or the two of a pair."}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "Your column of the label."})
+    validation_share: float = field(
+        default=0.1, metadata={"help": "The share that is split off where there is no validation file."}
+    )
+    regression: bool | None = field(
+        default=None, metadata={"help": "Whether your label is a score. Default: whether it has fractions."}
+    )
+    class_names: list[str] | None = field(  # label_names is the Trainer's
+        default=None, metadata={"help": "Your classes in the order of their ids. Default: sorted."}
+    )
+    metrics: list[str] | None = field(
+        default=None, metadata={"help": f"For your rows, the first picks the best model: {', '.join(METRICS)}."}
+    )
+    on_missing: Literal["error", "drop"] = field(
+        default="error", metadata={"help": "What to do about rows of yours without text or label."}
     )
     max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to so many tokens."})
     pad_to_max_length: bool = field(
@@ -28,11 +65,29 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded."""
-        self.task = get_task(self.task_name)
         for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value!r}: expected a whole number above 0")
+        if (self.task_name is None) == (self.train_file is None):
+            raise UsageError(
+                f"task_name={self.task_name!r}, train_file={self.train_file!r}: expected the name of a GLUE task, or a "
+                "file of your own rows"
+            )
+        if self.task_name is not None:
+            get_task(self.task_name)
+            own = ("validation_file", "test_file", "text_columns", "label_column", "class_names", "metrics")
+            for name in (*own, "regression"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"{name}={getattr(self, name)!r}: is for rows of your own; expected none with task_name"
+                    )
+            return
+        if self.data_dir is not None:
+            raise UsageError(f"data_dir={self.data_dir!r}: is for a GLUE task; expected none with train_file")
+        for name in ("text_columns", "label_column"):
+            if getattr(self, name) is None:
+                raise UsageError(f"{name}: not given; expected the names of columns of train_file={self.train_file!r}")
 
 
 @dataclass

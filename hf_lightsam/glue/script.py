@@ -1,0 +1,91 @@
+"""What scripts for text tasks have in common around the Trainer: their logging, and train, evaluate and predict."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import transformers
+from transformers import TrainingArguments
+
+from ..interruptible import train_interruptibly
+from ..trainer import LightSAMTrainer
+from .finetuning import evaluate, predict
+from .tasks import TextTask
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging(args: TrainingArguments) -> None:
+    """Log to standard error, at the level that the arguments give this process."""
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    level = args.get_process_log_level()
+    logging.getLogger("hf_lightsam").setLevel(level)
+    datasets.utils.logging.set_verbosity(level)
+    transformers.utils.logging.set_verbosity(level)
+    transformers.utils.logging.enable_explicit_format()
+
+
+def run_phases(
+    trainer: LightSAMTrainer,
+    task: TextTask,
+    rows: datasets.DatasetDict,
+    checkpoint: str | None,
+    command: Sequence[str],
+) -> dict[str, float]:
+    """Do what ``do_train``, ``do_eval`` and ``do_predict`` ask for, with the files that Transformers' scripts write.
+
+    Args:
+        trainer: From :func:`~hf_lightsam.glue.finetuning.build_trainer`.
+        task: The task.
+        rows: Tokenized, by split.
+        checkpoint: What to resume from, None to start.
+        command: The script and its arguments, for the message that says how to go on after Ctrl-C.
+
+    Returns:
+        The metrics of the development splits.
+    """
+    metrics: dict[str, float] = {}
+    if trainer.args.do_train:
+        _train(trainer, checkpoint, command)
+    if trainer.args.do_eval:
+        metrics = _evaluate(trainer, task, rows)
+    if trainer.args.do_predict:
+        _predict(trainer, task, rows)
+    return metrics
+
+
+def _train(trainer: LightSAMTrainer, checkpoint: str | None, command: Sequence[str]) -> None:
+    result = train_interruptibly(trainer, checkpoint, ["python", *command])
+    metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}  # type: ignore[arg-type]
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+
+
+def _evaluate(trainer: LightSAMTrainer, task: TextTask, rows: datasets.DatasetDict) -> dict[str, float]:
+    everything: dict[str, float] = {}
+    for prefix, metrics in evaluate(trainer, task, rows).items():
+        trainer.log_metrics(prefix, metrics)
+        trainer.save_metrics(prefix, metrics)
+        everything |= metrics
+    return everything
+
+
+def _predict(trainer: LightSAMTrainer, task: TextTask, rows: datasets.DatasetDict) -> None:
+    for split in task.test_splits:
+        predictions = predict(trainer, task, rows[split])
+        if trainer.is_world_process_zero():
+            suffix = "-mm" if split.endswith("mismatched") else ""
+            path = Path(str(trainer.args.output_dir)) / f"predict_results_{task.name}{suffix}.txt"
+            with path.open("w", encoding="utf-8") as file:
+                file.write("index\tprediction\n")
+                for index, answer in zip(rows[split]["idx"][:], predictions, strict=True):
+                    file.write(f"{index}\t{f'{answer:.3f}' if task.is_regression else task.labels[answer]}\n")
+            logger.info("wrote %s", path)
