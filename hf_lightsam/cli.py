@@ -5,11 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from . import __version__
-from .errors import report_usage_errors
 
 PROGRAM = "hf-lightsam"
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo.run", "fine-tune a small encoder on sentences made by a program"),
+    "glue": ("glue.suite.command", "run GLUE tasks, methods and seeds, and compare the methods"),
+    "card": ("model_card.command", "write the model card of a method on a task from a suite's results"),
+    "methods": ("methods_table", "tell the methods of the optim flag, or all of one"),
+    "run": ("launch", "run a script with transformers' Trainer swapped for LightSAM's: run SCRIPT ..."),
+}
+"""By name: the module whose ``main`` takes the rest of the command line, and what ``--help`` says. A module is imported
+only when its command is given."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,34 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:  # all that follows is the command's
+        module, _ = COMMANDS[arguments[0]]
+        import_module(f".{module}", __package__).main(arguments[1:])
+        return
     parser = argparse.ArgumentParser(PROGRAM, description="Sharpness-aware fine-tuning with no radius to tune.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("demo", help="fine-tune a small encoder on sentences made by a program", add_help=False)
-    commands.add_parser("glue", help="run GLUE tasks, methods and seeds, and compare the methods", add_help=False)
-    commands.add_parser("methods", help="tell the methods of the optim flag, or all of one", add_help=False)
-    commands.add_parser(
-        "run", help="run a script with transformers' Trainer swapped for LightSAM's: run SCRIPT ...", add_help=False
-    )
-    if arguments[:1] == ["run"]:  # all that follows is the script's
-        from .launch import main as run_script
-
-        run_script(arguments[1:])
-        return
-    if arguments[:1] == ["methods"]:
-        from .methods_table import main as show_methods
-
-        show_methods(arguments[1:])
-        return
-    if arguments[:1] == ["glue"]:
-        from .glue.suite.command import main as run_glue
-
-        run_glue(arguments[1:])
-        return
-    command, rest = parser.parse_known_args(arguments)
-    if command.command == "demo":
-        from .demo.run import parse_arguments, run  # imported here: it loads datasets, and needs the extra [demo]
-
-        with report_usage_errors(f"{PROGRAM} demo"):
-            demo_arguments = parse_arguments(rest, f"{PROGRAM} demo")
-        run(demo_arguments, [PROGRAM, *arguments])
+    for name, (_, told) in COMMANDS.items():
+        commands.add_parser(name, help=told, add_help=False)
+    parser.parse_args(arguments)

@@ -71,12 +71,12 @@ def _explain(output_dir: str, state: TrainerState, command: Sequence[str]) -> No
     if not existing:
         print("No checkpoint had been written yet: start again.", file=sys.stderr)
         return
-    arguments = _without_resume(command)
+    arguments = without_resume(command)
     print(f"The last checkpoint is {existing[-1]}. Go on with:", file=sys.stderr)
     print(f"  {shlex.join([*arguments, '--resume_from_checkpoint', str(existing[-1])])}", file=sys.stderr)
 
 
-def _without_resume(command: Sequence[str]) -> list[str]:
+def without_resume(command: Sequence[str]) -> list[str]:
     """Drop ``--resume_from_checkpoint X`` in either spelling."""
     names = ("--resume_from_checkpoint", "--resume-from-checkpoint")
     kept: list[str] = []

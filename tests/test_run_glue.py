@@ -28,7 +28,9 @@ def run_glue() -> ModuleType:
     return module
 
 
-def arguments(model_dir: Path, data_dir: Path | None, output_dir: Path, task: str = "cola", **flags: object) -> list[str]:
+def arguments(
+    model_dir: Path, data_dir: Path | None, output_dir: Path, task: str = "cola", **flags: object
+) -> list[str]:
     options: dict[str, object] = {
         "model_name_or_path": model_dir,
         "task_name": task,

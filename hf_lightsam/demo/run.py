@@ -36,6 +36,7 @@ from .dataset import make_dataset
 from .encoder import packaged_encoder
 from .report import Run, draw, markdown_table, save
 
+PROGRAM = "hf-lightsam demo"
 BASELINE = "adamw_torch_fused"
 """What ``--compare`` compares with."""
 
@@ -247,3 +248,14 @@ def _show_progress(trainer: LightSAMTrainer, progress: str) -> None:
         trainer.add_callback(_Bar)
     elif progress == "none":
         trainer.remove_callback(PrinterCallback)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what the flags ask for.
+
+    Args:
+        argv: The arguments after the command's name.
+    """
+    with report_usage_errors(PROGRAM):
+        arguments = parse_arguments(argv, PROGRAM)
+    run(arguments, [*PROGRAM.split(), *argv])

@@ -43,7 +43,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..demo.dataset import make_rows
 from ..errors import report_usage_errors
-from ..interruptible import _without_resume
+from ..interruptible import without_resume
 from ..optim.recipes import get_recipe
 from ..optim_flag import is_registered, optim_name
 from .arguments import DataArguments
@@ -179,7 +179,7 @@ def _change_flags(argv: list[str], parser: HfArgumentParser, folder: Path, is_ca
         flags["torch_compile"] = False
         watch.notes.append("nothing was compiled (--torch_compile)")
     line = [part for name, value in flags.items() if name in known for part in (f"--{name}", str(value))]
-    return ["--log_level", "error", *_without_resume(argv), *line]
+    return ["--log_level", "error", *without_resume(argv), *line]
 
 
 def _number(text: str | None, default: int) -> int:

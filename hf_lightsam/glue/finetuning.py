@@ -32,7 +32,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """
     name = arguments.tokenizer_name or arguments.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options(arguments))
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(arguments))
     except (OSError, ValueError) as error:
         argument = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
         raise UsageError(f"{argument}={name!r}: no tokenizer could be loaded: {error}") from error
@@ -53,7 +53,7 @@ def load_model(arguments: ModelArguments, task: TextTask, tokenizer: PreTrainedT
         UsageError: If it cannot be loaded, or has a head of another size and ``ignore_mismatched_sizes`` is off.
     """
     source = arguments.model_name_or_path
-    options = _hub_options(arguments)
+    options = hub_options(arguments)
     try:
         config = AutoConfig.from_pretrained(source, num_labels=task.num_labels, finetuning_task=task.name, **options)
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -75,7 +75,8 @@ def load_model(arguments: ModelArguments, task: TextTask, tokenizer: PreTrainedT
     return model
 
 
-def _hub_options(arguments: ModelArguments) -> dict[str, Any]:
+def hub_options(arguments: ModelArguments) -> dict[str, Any]:
+    """Return what every ``from_pretrained`` is given."""
     return {
         "cache_dir": arguments.cache_dir,
         "revision": arguments.model_revision,

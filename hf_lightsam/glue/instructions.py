@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..trainer import LightSAMTrainer
 from ..training_args import LightSAMTrainingArguments
 from .arguments import ModelArguments
-from .finetuning import _hub_options
+from .finetuning import hub_options
 from .metrics import make_compute_metrics
 from .tasks import GlueTask, TextTask
 
@@ -392,7 +392,7 @@ def load_decoder(
     """
     source = arguments.model_name_or_path
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **_hub_options(arguments))
+        model = AutoModelForCausalLM.from_pretrained(source, **hub_options(arguments))
     except (OSError, ValueError) as error:
         raise UsageError(f"model_name_or_path={source!r}: {error}") from error
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from conftest import make_args
 from ranks import run_cases
 from tasks import make_task
@@ -26,24 +25,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_lightsam import LightSAMTrainer, UsageError
+from hf_lightsam.glue.dry_run import fsdp_on_cpus
 
 IS_ON_CPU = os.environ["HF_LIGHTSAM_TEST_DEVICE"] == "cpu"
-
-
-def allow_fsdp_on_cpu() -> None:
-    """Accelerate 1.15 turns FSDP on where it finds an accelerator only; what it then does works with gloo as well."""
-    original = AcceleratorState.__init__
-
-    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.FSDP
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
-            self.fsdp_plugin = fsdp_plugin
-            PartialState._shared_state["distributed_type"] = self.distributed_type
-
-    AcceleratorState.__init__ = init
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -101,7 +85,6 @@ def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if IS_ON_CPU:
-        allow_fsdp_on_cpu()
     folder = Path(sys.argv[1])
-    run_cases(folder, partial(run, folder))
+    with fsdp_on_cpus() if IS_ON_CPU else nullcontext():
+        run_cases(folder, partial(run, folder))

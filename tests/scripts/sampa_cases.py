@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ranks import run_cases
 from tasks import make_task
 from torch import Tensor, nn
 
+from hf_lightsam.glue.dry_run import fsdp_on_cpus
 from hf_lightsam.loop import SharpnessAwareLoop
 from hf_lightsam.optim.sampa import SAMPa
 
@@ -125,9 +127,6 @@ def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if "HF_LIGHTSAM_TEST_DEVICE" in os.environ:
-        import engine_cases
-
-        engine_cases.allow_fsdp_on_cpu()
     folder = Path(sys.argv[1])
-    run_cases(folder, partial(run, folder))
+    with fsdp_on_cpus() if "HF_LIGHTSAM_TEST_DEVICE" in os.environ else nullcontext():
+        run_cases(folder, partial(run, folder))
