@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             rows[task.validation_splits[0]] if args.do_eval else None,
             pad_to=data_arguments.max_seq_length if data_arguments.pad_to_max_length else None,
         )
-    return run_phases(trainer, task, rows, checkpoint, command)
+    return run_phases(trainer, task, rows, checkpoint, command, model_arguments.model_name_or_path)
 
 
 def _parse(parser: HfArgumentParser, argv: list[str]) -> tuple[Any, ...]:

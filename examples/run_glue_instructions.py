@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             )
         evaluation = next((rows[split] for split in task.validation_splits if args.do_eval), None)
         trainer = build_instruction_trainer(model, tokenizer, task, instruction, args, rows.get("train"), evaluation)
-    return run_phases(trainer, task, rows, checkpoint, command)
+    return run_phases(trainer, task, rows, checkpoint, command, model_arguments.model_name_or_path)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from huggingface_hub import ModelCard
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
 
@@ -65,6 +66,11 @@ def test_trains_and_evaluates(run_glue, model_dir, data_dir, tmp_path, task, opt
     assert saved[metric] == metrics[metric]
     assert saved["train_loss"] > 0
     assert (tmp_path / "model.safetensors").is_file()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["nyu-mll/glue"]
+    assert optim in card.text or optim == "adamw_torch_fused"
+    assert card.data.eval_results
+    assert str(model_dir) not in card.content
 
 
 def test_limits_rows_and_predicts(run_glue, model_dir, data_dir, tmp_path) -> None:

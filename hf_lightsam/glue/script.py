@@ -13,8 +13,9 @@ from transformers import TrainingArguments
 
 from ..interruptible import train_interruptibly
 from ..trainer import LightSAMTrainer
+from .data import HUB_DATASET
 from .finetuning import evaluate, predict
-from .tasks import TextTask
+from .tasks import GlueTask, TextTask
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,11 @@ def run_phases(
     rows: datasets.DatasetDict,
     checkpoint: str | None,
     command: Sequence[str],
+    base_model: str,
 ) -> dict[str, float]:
     """Do what ``do_train``, ``do_eval`` and ``do_predict`` ask for, with the files that Transformers' scripts write.
+
+    What was trained gets a model card, and with ``push_to_hub`` goes to the hub.
 
     Args:
         trainer: From :func:`~hf_lightsam.glue.finetuning.build_trainer`.
@@ -46,6 +50,7 @@ def run_phases(
         rows: Tokenized, by split.
         checkpoint: What to resume from, None to start.
         command: The script and its arguments, for the message that says how to go on after Ctrl-C.
+        base_model: What was fine-tuned, a folder or a name on the hub.
 
     Returns:
         The metrics of the development splits.
@@ -57,6 +62,8 @@ def run_phases(
         metrics = _evaluate(trainer, task, rows)
     if trainer.args.do_predict:
         _predict(trainer, task, rows)
+    if trainer.args.do_train:
+        _share(trainer, task, base_model)
     return metrics
 
 
@@ -89,3 +96,16 @@ def _predict(trainer: LightSAMTrainer, task: TextTask, rows: datasets.DatasetDic
                 for index, answer in zip(rows[split]["idx"][:], predictions, strict=True):
                     file.write(f"{index}\t{f'{answer:.3f}' if task.is_regression else task.labels[answer]}\n")
             logger.info("wrote %s", path)
+
+
+def _share(trainer: LightSAMTrainer, task: TextTask, base_model: str) -> None:
+    told: dict[str, str] = {"tasks": "text-classification"}
+    if not Path(base_model).is_dir():  # a folder's name says nothing to others
+        told["finetuned_from"] = base_model
+    if isinstance(task, GlueTask):
+        told |= {"language": "en", "dataset_tags": HUB_DATASET, "dataset": f"GLUE {task.folder}"}
+        told["dataset_args"] = task.name
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**told)
+    else:
+        trainer.create_model_card(**told)
