@@ -20,6 +20,7 @@ PAGES = {
     "README.md": "index.md",
     "examples/recipes/README.md": "guides/recipes.md",
     "examples/launch/README.md": "guides/launch_scripts.md",
+    "model_cards/README.md": "model_cards.md",
 }
 """Files of the repository that are pages of the site, and where."""
 
