@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import assert_same_weights, make_bert, make_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -174,6 +176,88 @@ def test_a_language_model_is_weighted_by_labelled_tokens() -> None:
     assert found.sharpness == pytest.approx(by_hand(model, whole, RHO), rel=1e-4)
 
 
+# ---- Adaptive, and in several steps ----------------------------------------------------------------------------------
+
+
+def climb(w: np.ndarray, matrix: np.ndarray, center: np.ndarray, scaling: np.ndarray, steps: int) -> float:
+    """The highest rise of a quadratic that is met on ``steps`` steps, each projected onto the ball."""
+
+    def loss(w: np.ndarray) -> float:
+        return float(0.5 * (w - center) @ matrix @ (w - center))
+
+    u, met = np.zeros_like(w), []
+    for _ in range(steps):
+        gradient = scaling * (matrix @ (w + scaling * u - center))
+        u = u + RHO * gradient / np.linalg.norm(gradient)
+        u = u * min(1.0, RHO / np.linalg.norm(u))
+        met.append(loss(w + scaling * u) - loss(w))
+    return max(met)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_worst_case_in_steps_on_a_quadratic(adaptive: bool, steps: int) -> None:
+    generator = np.random.default_rng(3)
+    root = generator.normal(size=(5, 5))
+    matrix, w, rows = root @ root.T, generator.normal(size=5), generator.normal(size=(4, 5))
+    batches = list(torch.split(torch.tensor(rows), [3, 1]))
+    options: dict[str, Any] = {"adaptive": adaptive, "row_losses": lambda outputs, batch: outputs}
+    found = m_sharpness(Quadratic(matrix, w), batches, RHO, num_steps=steps, **options)
+    expected = climb(w, matrix, rows.mean(axis=0), np.abs(w) if adaptive else np.ones(5), steps)
+    np.testing.assert_allclose(found.sharpness, expected, rtol=1e-9)
+
+
+def test_many_steps_find_the_maximum_where_the_loss_is_curved() -> None:
+    """Far from a minimum of a quadratic one step is short of it; the maximum over the ellipsoid is found by a scan."""
+    matrix, w = np.diag([9.0, 1.0]), np.array([0.1, -2.0])
+    angles = np.linspace(0, 2 * np.pi, 100_001)
+    e = np.abs(w) * RHO * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    highest = (0.5 * np.einsum("ni,ij,nj->n", w + e, matrix, w + e)).max() - 0.5 * w @ matrix @ w
+    batch = torch.zeros(1, 2, dtype=torch.float64)
+    options: dict[str, Any] = {"adaptive": True, "row_losses": lambda outputs, batch: outputs}
+    one, many = (m_sharpness(Quadratic(matrix, w), [batch], RHO, num_steps=n, **options).sharpness for n in (1, 50))
+    assert one < many == pytest.approx(highest, rel=1e-4)
+
+
+def test_average_adaptive_case_on_a_quadratic() -> None:
+    generator = np.random.default_rng(1)
+    root = generator.normal(size=(6, 6))
+    matrix, w, rows = root @ root.T, generator.normal(size=6), generator.normal(size=(5, 6))
+    drawn, rises = torch.Generator().manual_seed(3), []
+    for _ in range(5):
+        u = torch.randn(6, generator=drawn, dtype=torch.float64).numpy()
+        e = np.abs(w) * RHO * u / np.linalg.norm(u)
+        rises.append(e @ matrix @ (w - rows.mean(axis=0)) + 0.5 * e @ matrix @ e)
+    options: dict[str, Any] = {"seed": 3, "num_directions": 5, "row_losses": lambda outputs, batch: outputs}
+    found = m_sharpness(Quadratic(matrix, w), [torch.tensor(rows)], RHO, kind="average", adaptive=True, **options)
+    np.testing.assert_allclose(found.sharpness, np.mean(rises), rtol=1e-10)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.05, 20.0), st.sampled_from(["worst", "average"]))
+def test_only_adaptive_sharpness_is_blind_to_scale(scale: float, kind: Any) -> None:
+    """A network whose first layer is multiplied and its second divided computes the same."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    batches = [torch.randn(6, 3, dtype=torch.float64)]
+
+    def measure(adaptive: bool) -> float:
+        def losses(outputs: Tensor, batch: Any) -> Tensor:
+            return nn.functional.cross_entropy(outputs, torch.tensor([0, 1, 1, 0, 0, 1]), reduction="none")
+
+        options: dict[str, Any] = {"kind": kind, "adaptive": adaptive, "row_losses": losses, "num_steps": 2}
+        return m_sharpness(network, batches, 0.1, **options).sharpness
+
+    before = measure(True), measure(False)
+    with torch.no_grad():
+        network[0].weight *= scale
+        network[0].bias *= scale
+        network[2].weight /= scale
+    assert measure(True) == pytest.approx(before[0], rel=1e-9)
+    if not 0.5 < scale < 2:
+        assert measure(False) != pytest.approx(before[1], rel=1e-2)
+
+
 # ---- The model is left as it was ------------------------------------------------------------------------------------
 
 
@@ -266,7 +350,8 @@ def test_seeds_and_loaders() -> None:
     [
         ({"rho": -0.1}, "rho=-0.1: expected a finite number that is at least 0"),
         ({"m": 0}, "m=0: expected a whole number above 0"),
-        ({"kind": "best"}, "kind='best': expected one of worst, average"),
+        ({"kind": "best"}, "kind='best': expected one of 'worst', 'average'"),
+        ({"num_steps": 0}, "num_steps=0: expected a whole number above 0"),
         ({"num_directions": 0}, "num_directions=0: expected a whole number above 0"),
         ({"batches": []}, "batches: there are none"),
         ({"row_losses": lambda outputs, batch: outputs.loss}, "row_losses: it returned (); expected a tensor of shape"),

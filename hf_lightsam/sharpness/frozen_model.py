@@ -70,7 +70,11 @@ class FrozenModel:
                 module.training = is_training
 
     def losses(self, weights: Mapping[str, Tensor], batch: Any) -> RowLosses:
-        """Return the losses of a batch's rows at some weights; call it within :meth:`evaluating`.
+        """Return the losses of a batch's rows at some weights, as :meth:`run` does."""
+        return self.run(weights, batch)[1]
+
+    def run(self, weights: Mapping[str, Tensor], batch: Any) -> tuple[Any, RowLosses]:
+        """Return the model's outputs and the losses of a batch's rows; call it within :meth:`evaluating`.
 
         Args:
             weights: In the place of :attr:`weights`.
@@ -80,12 +84,33 @@ class FrozenModel:
         args, kwargs = ((), batch) if isinstance(batch, Mapping) else (_as_tuple(batch), {})
         outputs = functional_call(self._module, {**self._fixed, **weights}, args, dict(kwargs))
         if self._row_losses is None:
-            return RowLosses(*losses_of_rows(outputs, kwargs, self._module))
+            return outputs, RowLosses(*losses_of_rows(outputs, kwargs, self._module))
         values = self._row_losses(outputs, batch)
         if not isinstance(values, Tensor) or values.dim() != 1:
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise UsageError(f"row_losses: it returned {shape}; expected a tensor of shape (rows,)")
-        return RowLosses(values, torch.ones_like(values), is_custom=True)
+        return outputs, RowLosses(values, torch.ones_like(values), is_custom=True)
+
+    def other_weights(self, other: FrozenModel) -> dict[str, Tensor]:
+        """Return the weights of another model of the same form, on this one's device and in its dtypes.
+
+        Raises:
+            UsageError: If the other differs in the names or shapes of its weights, or in what is not trainable.
+        """
+        for own, its, what in (
+            (self.weights, other.weights, "trainable weights"),
+            (self._fixed, other._fixed, "fixed weights and buffers"),
+        ):
+            differing = sorted(own.keys() ^ its.keys()) or [n for n in own if own[n].shape != its[n].shape]
+            if differing:
+                raise UsageError(f"other: its {what} are not the model's: {differing[0]!r}; expected the same form")
+        for name, tensor in self._fixed.items():
+            if not torch.equal(tensor, other._fixed[name].to(tensor.device)):
+                raise UsageError(
+                    f"other: {name!r}, which is not trainable, is not the model's; expected two models that differ in "
+                    "their trainable weights only"
+                )
+        return {name: other.weights[name].to(weight) for name, weight in self.weights.items()}
 
 
 def _lifted(tensor: Tensor) -> Tensor:

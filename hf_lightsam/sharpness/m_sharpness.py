@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate.utils import reduce
 from torch import Generator, Tensor, nn
 
-from ..errors import UsageError
-from ..optim.validation import check_count, check_number
+from ..optim.validation import check_choice, check_count, check_number
 from ..passes.row_losses import FromOutputs
 from ..passes.rows import num_rows, select_rows
 from ..tensors import total_norm
 from .frozen_model import FrozenModel
+from .objective import Objective, Sums, Weights, check_batches
 
 Kind = Literal["worst", "average"]
 
@@ -44,9 +46,12 @@ def m_sharpness(
     m: int | None = None,
     kind: Kind = "worst",
     *,
+    adaptive: bool = False,
+    num_steps: int = 1,
     num_directions: int = 8,
     seed: int = 0,
     row_losses: FromOutputs | None = None,
+    distributed: bool = False,
 ) -> MSharpness:
     r"""Measure the m-sharpness of a model on some rows.
 
@@ -61,8 +66,16 @@ def m_sharpness(
     labelled tokens in a language model.
 
     The trainable weights are perturbed, all as one vector, in float32 (float64 models: in that) and without dropout or
-    mixed precision. The model is not changed. Each process measures the batches that it is given, by itself. Memory:
-    two copies of the trainable weights and the activations of one batch (half-precision models: a float32 copy too).
+    mixed precision. The model is not changed. Memory:
+    two copies of the trainable weights and the activations of one batch (half-precision models: a float32 copy too);
+    one more with ``adaptive``, and with several steps.
+
+    With ``adaptive`` it is the adaptive sharpness of ASAM (Kwon et al., arXiv 2102.11600; Andriushchenko et al., arXiv
+    2302.07011): e is :math:`|w| \odot u`, element by element and for every weight, with u of length ``rho``, over which
+    the maximum or the mean is taken: in one step :math:`e_S = \rho \, w^2 \odot \nabla L_S / \lVert w \odot \nabla L_S
+    \rVert`. It stays the same when a network is rescaled without a change of what it computes. (In the second paper's
+    average case each coordinate of u is drawn from :math:`N(0, \rho^2)`, which is a ``rho`` of about
+    :math:`\rho \sqrt d` here.)
 
     Args:
         model: A plain model, or one that Accelerate prepared on one device or for DDP.
@@ -71,29 +84,65 @@ def m_sharpness(
         m: Rows of a group, consecutive ones; a group may reach over several batches, and the last has what is left.
             Default: all rows are one group. (It plays no part in ``kind="average"``.)
         kind: ``"worst"`` or ``"average"``.
+        adaptive: Whether perturbations are in proportion to the weights.
+        num_steps: Of ``kind="worst"``: steps of length ``rho`` up the normalised gradient, after each of which the
+            perturbation is put back onto the ball of that radius; the highest loss that is met counts. A step costs a
+            gradient. Several find a higher point than SAM's one where the loss is curved.
         num_directions: Of ``kind="average"``.
         seed: Of the directions, drawn on the CPU: the same on any device.
         row_losses: Returns the loss of each row from the model's outputs and the batch, in a tensor of shape (rows,).
             Default: the loss of Transformers' models for their labels, without label smoothing.
+        distributed: Whether each process was given a share of the rows, and the result is over all of them, on all
+            processes. Groups of ``m`` rows are formed of each process's own. Default: each measures its own by itself.
 
     Raises:
         UsageError: For an argument out of range, no rows, a model without trainable weights or sharded over ranks, or
             outputs from which the loss of each row cannot be told.
     """
     check_number("rho", rho)
+    check_count("num_steps", num_steps)
     check_count("num_directions", num_directions)
     if m is not None:
         check_count("m", m)
-    if kind not in get_args(Kind):
-        raise UsageError(f"kind={kind!r}: expected one of {', '.join(get_args(Kind))}")
-    rows = list(batches)
-    if not rows:
-        raise UsageError("batches: there are none; expected at least one, of at least one row")
+    check_choice("kind", kind, get_args(Kind))
+    rows = check_batches(batches, distributed)
     frozen = FrozenModel(model, row_losses)
+    scaling = {name: weight.abs() for name, weight in frozen.weights.items()} if adaptive else None
     with frozen.evaluating():
-        if kind == "worst":
-            return _worst(frozen, list(_groups(rows, m)), rho)
-        return _average(frozen, rows, rho, num_directions, Generator().manual_seed(seed))
+        if kind == "average":
+            objective, generator = Objective(frozen, rows, distributed), Generator().manual_seed(seed)
+            rise = _average(frozen, objective, rho, scaling, num_directions, generator)
+            return rise.mean(num_directions)
+        is_whole = distributed and m is None  # one group that all processes have rows of
+        groups = [Objective(frozen, group, is_whole) for group in ([rows] if is_whole else _groups(rows, m))]
+        rise = _worst(frozen, groups, rho, scaling, num_steps)
+    if distributed and not is_whole:
+        return rise.over_processes(frozen.device).mean()
+    return rise.mean()
+
+
+@dataclass
+class _Rise:
+    """Sums over groups: the rise of the loss, the loss at the weights, items, rows, groups."""
+
+    total: float = 0.0
+    loss: float = 0.0
+    items: float = 0.0
+    rows: float = 0.0
+    groups: float = 0.0
+
+    def count(self, sums: Sums) -> None:
+        self.loss += sums.loss
+        self.items += sums.items
+        self.rows += sums.rows
+        self.groups += 1
+
+    def over_processes(self, device: torch.device) -> _Rise:
+        return _Rise(*reduce(torch.tensor(astuple(self), dtype=torch.float64, device=device), "sum").tolist())
+
+    def mean(self, chunks: int | None = None) -> MSharpness:
+        items = max(self.items, 1.0)
+        return MSharpness(self.total / items, self.loss / items, int(self.rows), chunks or int(self.groups))
 
 
 def _groups(batches: list[Any], m: int | None) -> Iterator[list[Any]]:
@@ -112,57 +161,65 @@ def _groups(batches: list[Any], m: int | None) -> Iterator[list[Any]]:
         yield group
 
 
-def _worst(frozen: FrozenModel, groups: list[list[Any]], rho: float) -> MSharpness:
-    total, rise, items, rows = 0.0, 0.0, 0.0, 0
+def _worst(frozen: FrozenModel, groups: list[Objective], rho: float, scaling: Weights | None, steps: int) -> _Rise:
+    rise = _Rise()
     for group in groups:
-        weights = {name: weight.detach().requires_grad_() for name, weight in frozen.weights.items()}
-        gradients = [torch.zeros_like(weight) for weight in weights.values()]
-        clean = 0.0
-        for batch in group:
-            found = frozen.losses(weights, batch)
-            summed = (found.values * found.items).sum()
-            if summed.requires_grad:
-                own = torch.autograd.grad(summed, list(weights.values()), allow_unused=True)
-                for gradient, part in zip(gradients, own, strict=True):
-                    if part is not None:
-                        gradient += part
-            clean += summed.item()
-            items += found.items.sum().item()
-            rows += len(found.values)
-        norm = total_norm(gradients).item()
-        total += clean
-        if rho > 0 and norm != 0:  # at a stationary point there is no way up
-            scale = rho / norm
-            moved = {
-                name: weight.detach() + scale * g for (name, weight), g in zip(weights.items(), gradients, strict=True)
-            }
-            rise += _sum(frozen, moved, group)[0] - clean
-    return MSharpness(rise / max(items, 1.0), total / max(items, 1.0), rows, len(groups))
+        at, clean, shift, highest = frozen.weights, 0.0, None, -math.inf
+        for step in range(steps):
+            gradient, sums = group.gradient(at)
+            if step == 0:
+                clean = sums.loss
+                rise.count(sums)
+            else:
+                highest = max(highest, sums.loss)
+            shift = _ascend(shift, _scaled(gradient, scaling), rho)
+            if shift is None:  # at a stationary point there is no way up
+                break
+            at = _shifted(frozen.weights, _scaled(shift, scaling))
+        if shift is not None:
+            highest = max(highest, group.value(at).loss)
+        rise.total += highest - clean if highest > -math.inf else 0.0
+    return rise
+
+
+def _ascend(shift: dict[str, Tensor] | None, gradient: dict[str, Tensor], rho: float) -> dict[str, Tensor] | None:
+    """Return the shift after a step of length ``rho`` along the gradient, projected onto the ball of that radius."""
+    norm = total_norm(list(gradient.values())).item()
+    if rho == 0 or norm == 0:
+        return shift
+    if shift is None:
+        return {name: rho / norm * part for name, part in gradient.items()}
+    moved = {name: part + rho / norm * gradient[name] for name, part in shift.items()}
+    length = total_norm(list(moved.values())).item()
+    return {name: rho / length * part for name, part in moved.items()} if length > rho else moved
 
 
 def _average(
-    frozen: FrozenModel, batches: list[Any], rho: float, num_directions: int, generator: Generator
-) -> MSharpness:
-    total, items = _sum(frozen, frozen.weights, batches)
-    rise = 0.0
+    frozen: FrozenModel,
+    objective: Objective,
+    rho: float,
+    scaling: Weights | None,
+    num_directions: int,
+    generator: Generator,
+) -> _Rise:
+    rise = _Rise()
+    clean = objective.value(frozen.weights)
+    rise.count(clean)
     for _ in range(num_directions if rho > 0 else 0):
         direction = {
             name: torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
             for name, weight in frozen.weights.items()
         }
         scale = rho / total_norm(list(direction.values())).item()
-        moved = {name: weight + scale * direction[name] for name, weight in frozen.weights.items()}
-        rise += (_sum(frozen, moved, batches)[0] - total) / num_directions
-    rows = sum(num_rows(batch) for batch in batches)
-    return MSharpness(rise / max(items, 1.0), total / max(items, 1.0), rows, num_directions)
+        moved = _shifted(frozen.weights, _scaled(direction, scaling), scale)
+        rise.total += (objective.value(moved).loss - clean.loss) / num_directions
+    return rise
 
 
 @torch.no_grad()
-def _sum(frozen: FrozenModel, weights: Mapping[str, Tensor], batches: list[Any]) -> tuple[float, float]:
-    """Return the sum of the losses over all items, and the number of these."""
-    total, items = 0.0, 0.0
-    for batch in batches:
-        found = frozen.losses(weights, batch)
-        total += (found.values * found.items).sum().item()
-        items += found.items.sum().item()
-    return total, items
+def _shifted(weights: Weights, shift: Weights, scale: float = 1.0) -> dict[str, Tensor]:
+    return {name: weight + scale * shift[name] for name, weight in weights.items()}
+
+
+def _scaled(tensors: dict[str, Tensor], scaling: Weights | None) -> dict[str, Tensor]:
+    return tensors if scaling is None else {name: tensor * scaling[name] for name, tensor in tensors.items()}
