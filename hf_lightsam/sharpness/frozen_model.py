@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
@@ -90,6 +90,13 @@ class FrozenModel:
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise UsageError(f"row_losses: it returned {shape}; expected a tensor of shape (rows,)")
         return outputs, RowLosses(values, torch.ones_like(values), is_custom=True)
+
+    def random_direction(self, generator: Generator) -> dict[str, Tensor]:
+        """Return a tensor for each weight from the standard normal distribution, drawn on the CPU."""
+        return {
+            name: torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
+            for name, weight in self.weights.items()
+        }
 
     def other_weights(self, other: FrozenModel) -> dict[str, Tensor]:
         """Return the weights of another model of the same form, on this one's device and in its dtypes.

@@ -16,7 +16,7 @@ from ..passes.row_losses import FromOutputs
 from ..passes.rows import num_rows, select_rows
 from ..tensors import total_norm
 from .frozen_model import FrozenModel
-from .objective import Objective, Sums, Weights, check_batches
+from .objective import Objective, Sums, Weights, check_batches, shifted
 
 Kind = Literal["worst", "average"]
 
@@ -175,7 +175,7 @@ def _worst(frozen: FrozenModel, groups: list[Objective], rho: float, scaling: We
             shift = _ascend(shift, _scaled(gradient, scaling), rho)
             if shift is None:  # at a stationary point there is no way up
                 break
-            at = _shifted(frozen.weights, _scaled(shift, scaling))
+            at = shifted(frozen.weights, _scaled(shift, scaling))
         if shift is not None:
             highest = max(highest, group.value(at).loss)
         rise.total += highest - clean if highest > -math.inf else 0.0
@@ -206,19 +206,11 @@ def _average(
     clean = objective.value(frozen.weights)
     rise.count(clean)
     for _ in range(num_directions if rho > 0 else 0):
-        direction = {
-            name: torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
-            for name, weight in frozen.weights.items()
-        }
+        direction = frozen.random_direction(generator)
         scale = rho / total_norm(list(direction.values())).item()
-        moved = _shifted(frozen.weights, _scaled(direction, scaling), scale)
+        moved = shifted(frozen.weights, _scaled(direction, scaling), scale)
         rise.total += (objective.value(moved).loss - clean.loss) / num_directions
     return rise
-
-
-@torch.no_grad()
-def _shifted(weights: Weights, shift: Weights, scale: float = 1.0) -> dict[str, Tensor]:
-    return {name: weight + scale * shift[name] for name, weight in weights.items()}
 
 
 def _scaled(tensors: dict[str, Tensor], scaling: Weights | None) -> dict[str, Tensor]:

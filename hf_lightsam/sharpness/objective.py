@@ -141,6 +141,12 @@ def _add(sums: dict[str, Tensor], parts: Sequence[Tensor | None]) -> None:
             sums[name] += part
 
 
+@torch.no_grad()
+def shifted(weights: Weights, shift: Weights, scale: float = 1.0) -> dict[str, Tensor]:
+    """Return the weights moved by a multiple of a shift."""
+    return {name: weight + scale * shift[name] for name, weight in weights.items()}
+
+
 def check_batches(batches: Any, distributed: bool) -> list[Any]:
     """Return the micro-batches as a list; refuse none, unless other processes may have some.
 
