@@ -7,6 +7,7 @@ python model_cards/build.py --check   # writes nothing; fails if a file is not w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import tempfile
@@ -29,7 +30,7 @@ OPTIM, BASELINE = parse_method("lightsam_adam", "optim"), parse_method("adamw_to
 
 def card(task: str) -> str:
     """Return the card of a task, by the command that it names."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT):  # the card tells its command
         path = Path(folder) / "card.md"
         arguments = [f"{RESULTS}/{CARDS[task]}", "--task", task, "--output", str(path)]
         write_card(arguments)

@@ -47,3 +47,47 @@ def test_the_comparison_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) 
 
     results = compare_methods.read_results(ROOT / "examples" / "results" / "compare_methods.csv")
     assert compare_methods.table(results).strip() in (ROOT / "docs" / "comparison.md").read_text()
+
+
+def test_cards_and_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "model_cards"))
+    monkeypatch.chdir(ROOT)
+    import build
+
+    build.main(["--check"])
+
+
+def test_figures_in_the_prose_of_the_readme_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    import default_rho
+
+    demo = json.loads((ROOT / "docs" / "demo.json").read_text())["runs"]
+    along_the_way = [
+        f"{entry['eval_accuracy']:.3f}" for run in demo for entry in run["log"] if "eval_accuracy" in entry
+    ]
+    results = (ROOT / "examples" / "studies" / "results" / "default_rho.jsonl").read_text().splitlines()
+    table = default_rho.table([json.loads(line) for line in results])
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"<!-- (demo table|glue results).*?<!-- /", "", text, flags=re.DOTALL)
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.DOTALL)
+    figures = re.findall(r"(?<![\w.])\d+\.\d{3}(?![\w.])", prose)
+    assert len(figures) >= 10
+    measured = {*along_the_way, *re.findall(r"\d+\.\d+", table)}
+    assert [figure for figure in figures if figure not in measured] == []
+
+
+def test_what_the_readme_says_of_any_radius_and_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    import parameter_agnostic
+
+    results = json.loads((ROOT / "examples" / "studies" / "results" / "parameter_agnostic.json").read_text())
+    table = parameter_agnostic.table(results if isinstance(results, list) else results["results"])
+    text = " ".join((ROOT / "README.md").read_text().split())
+    constant = re.search(r"LightSAM-III, constant: .*hovers at (\d+).* the running mean falls at (\d+)", table)
+    assert constant
+    assert f"form III hovers at {constant[1]} points and its running mean rises at {25 - int(constant[2])}" in text
+    for form in ("LightSAM-I", "LightSAM-II", "LightSAM-III, decaying"):
+        assert re.search(rf"### {form}: .*the running mean falls at 25", table)
+    diverged = re.search(r"SAM with SGD: diverges at (\d+)", table)
+    assert diverged
+    assert f"SAM with SGD diverges at all {diverged[1]} points with `lr` 1 or 10" in text
