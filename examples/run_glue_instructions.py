@@ -21,7 +21,7 @@ from hf_lightsam import LightSAMTrainingArguments, UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.glue.arguments import DataArguments, ModelArguments
 from hf_lightsam.glue.dry_run import DryRunArguments, dry_run, wants_dry_run
-from hf_lightsam.glue.finetuning import load_tokenizer
+from hf_lightsam.glue.finetuning import load_tokenizer, pick_best_by_metric
 from hf_lightsam.glue.instructions import (
     InstructionArguments,
     build_instruction_trainer,
@@ -30,7 +30,7 @@ from hf_lightsam.glue.instructions import (
     load_decoder,
     observed_range,
 )
-from hf_lightsam.glue.recipe import RecipeArguments, apply_recipe
+from hf_lightsam.glue.recipe import RecipeArguments, apply_recipe, last_flags
 from hf_lightsam.glue.rows import load_requested_rows
 from hf_lightsam.glue.script import run_phases, set_up_logging
 from hf_lightsam.interruptible import resolve_checkpoint
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 DryRunArguments,
             ),  # type: ignore[arg-type]
             prog=PROGRAM,
+            usage=f"{PROGRAM} [--flag VALUE ...]",
             description=__doc__,
         )
         line = apply_recipe(command[1:], parser)
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         checkpoint = resolve_checkpoint(str(args.output_dir), args.resume_from_checkpoint) if args.do_train else None
         set_seed(args.seed)
         task, raw = load_requested_rows(data_arguments, args)
+        pick_best_by_metric(args, task, last_flags(line, "metric_for_best_model")["metric_for_best_model"])
         tokenizer = load_tokenizer(model_arguments)
         model = load_decoder(model_arguments, lora, tokenizer)
         instruction = instruction_for(task, lora.score_range or observed_range(task, raw))

@@ -45,6 +45,16 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("_own_temporary_folder")
+def test_few_rows_of_ones_own(run_glue: ModuleType, tmp_path: Path) -> None:
+    """Of too few rows, or of one class, no share can be split off; none has to be."""
+    (tmp_path / "train.csv").write_text("text,verdict\nthe cat,yes\na dog,yes\n")
+    (tmp_path / "held_out.csv").write_text("text,verdict\nthe dog,yes\na cat,no\n")
+    line = ["--model_name_or_path", "some/thing", "--train_file", "train.csv", "--validation_file", "held_out.csv"]
+    line += ["--text_columns", "text", "--label_column", "verdict", "--class_names", "no", "yes", "--output_dir", "out"]
+    assert run_glue.main([*line, "--dry_run"])["eval_samples"] == 2
+
+
+@pytest.mark.usefixtures("_own_temporary_folder")
 @pytest.mark.parametrize(
     ("name", "task", "told"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,12 @@ def test_the_checksum_is_of_the_text_alone() -> None:
     for content in (b"a\tb\nc\n", b"a\tb\nc", b"\xef\xbb\xbfa\tb\r\nc\r\n", b"a\tb\nc\n\n"):
         assert checksum(content) == expected
     assert checksum(b"a\tb\nd\n") != expected
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever a script that ran in this process has set."""
+    caplog.set_level(logging.WARNING, "hf_lightsam")
 
 
 @pytest.mark.parametrize("write", [None, as_parquet, as_saved])

@@ -20,6 +20,13 @@ from hf_lightsam.glue.tasks import TextTask
 
 Rows = list[dict[str, Any]]
 
+
+@pytest.fixture(autouse=True)
+def _warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever a script that ran in this process has set."""
+    caplog.set_level(logging.WARNING, "hf_lightsam")
+
+
 WRITERS: dict[str, Callable[[Path, Rows], Any]] = {
     "rows.csv": lambda path, rows: pd.DataFrame(rows).to_csv(path, index=False),
     "rows.tsv": lambda path, rows: pd.DataFrame(rows).to_csv(path, index=False, sep="\t", quoting=3),
@@ -92,6 +99,9 @@ def test_what_numbers_are_taken_for_is_told(tmp_path: Path, caplog: pytest.LogCa
     assert "label_column='stars': 3 whole numbers are taken for classes; regression=True" in caplog.text
     load(write(tmp_path / "fractions.csv", reviews(labels=(1, 2.5, 3))))
     assert "label_column='stars': numbers with a fraction are taken for scores; regression=False" in caplog.text
+    huge = (9007199254740992, 9007199254740993)  # of which floats make one
+    load(write(tmp_path / "huge.csv", reviews(labels=huge)))
+    assert "label_column='stars': 2 whole numbers are taken for classes" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, "hf_lightsam"):
         load(write(tmp_path / "words.csv", reviews()))
@@ -102,7 +112,7 @@ def test_what_numbers_are_taken_for_is_told(tmp_path: Path, caplog: pytest.LogCa
 def test_names_and_metrics_can_be_given(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", reviews())
     names = ["good", "fair", "bad", "worst"]  # none of the rows is of the last
-    task, rows = load(path, validation_file=path, label_names=names, metrics=["balanced_accuracy"])
+    task, rows = load(path, validation_file=path, class_names=names, metrics=["balanced_accuracy"])
     assert (task.labels, task.metrics) == (tuple(names), ("balanced_accuracy",))
     assert rows["train"]["label"][:3] == [0, 2, 1]
     assert load(write(tmp_path / "two.csv", reviews(labels=("no", "yes"))))[0].metrics[0] == "accuracy"
@@ -169,6 +179,8 @@ BAD_INPUT: list[tuple[str, str, dict[str, Any], str]] = [
     ("rows.csv", 'text,stars\n"a,good\n', {}, "train_file=.*cannot be read as csv: .*EOF inside string"),
     ("rows.csv", "text,stars\na,b,good\n", {}, "train_file=.*cannot be read as csv: its rows have more fields"),
     ("rows.csv", "text,stars\na,good\nb,c,good\n", {}, "train_file=.*Expected 2 fields in line 3, saw 3"),
+    ("rows.json", "", {}, "train_file=.*: has no rows"),
+    ("rows.jsonl", "", {}, "train_file=.*: has no rows"),
     ("rows.json", "[{", {}, "train_file=.*cannot be read as json"),
     ("rows.jsonl", '{"text": 5, "stars": "good"}', {}, r"train_file=.*: row 1: text=5; expected text"),
     ("rows.parquet", "not parquet", {}, "train_file=.*cannot be read as parquet"),
@@ -176,6 +188,7 @@ BAD_INPUT: list[tuple[str, str, dict[str, Any], str]] = [
     ("rows.csv", "text,stars\na,good\nb,good\n", {}, "label_column='stars': all rows of .* have the label 'good'"),
     ("rows.csv", GOOD, {}, "validation_share=0.1: no such share of every class can be split off 2 rows"),
     ("rows.csv", GOOD, {"regression": True}, "train_file=.*: data row 1: stars='good'; expected a number"),
+    ("rows.csv", "text,stars\na,1e308\nb,1\n", {"regression": True}, "data row 1: stars='1e308'; expected a finite"),
     ("rows.csv", "text,stars\na,1\nb,nan\n", {"regression": True}, "data row 2: stars='nan'; expected a number"),
     ("rows.csv", GOOD, {"text_columns": []}, r"text_columns=\[\]: expected the name of one column, or of two"),
     ("rows.csv", GOOD, {"text_columns": "text"}, "text_columns='text': expected the name of one column"),
@@ -185,9 +198,15 @@ BAD_INPUT: list[tuple[str, str, dict[str, Any], str]] = [
     ("rows.csv", GOOD, {"validation_share": 1.0}, "validation_share=1.0: expected a number above 0 and below 1"),
     ("rows.csv", GOOD, {"on_missing": "ignore"}, "on_missing='ignore': expected 'error' or 'drop'"),
     ("rows.csv", GOOD, {"metrics": ["pearson"]}, "metrics='pearson': expected, for 2 classes, some of accuracy"),
-    ("rows.csv", GOOD, {"label_names": ["good", "good"]}, "label_names=.*: expected two or more names, all different"),
-    ("rows.csv", GOOD, {"label_names": ["good", "evil"]}, "data row 2: stars='bad'; expected one of the classes"),
-    ("rows.csv", GOOD, {"label_names": ["a", "b"], "regression": True}, "label_names=.*: a score has no classes"),
+    ("rows.csv", GOOD, {"class_names": ["good", "good"]}, "class_names=.*: expected two or more names, all different"),
+    (
+        "rows.csv",
+        GOOD,
+        {"class_names": ["good", "bad", " "]},
+        "class_names=.*: expected two or more names, .*not blank",
+    ),
+    ("rows.csv", GOOD, {"class_names": ["good", "evil"]}, "data row 2: stars='bad'; expected one of the classes"),
+    ("rows.csv", GOOD, {"class_names": ["a", "b"], "regression": True}, "class_names=.*: a score has no classes"),
     (
         "rows.csv",
         "text,stars\n" + "a,1\n" * 9 + "".join(f"b,{n}\n" for n in range(30)),
@@ -317,3 +336,11 @@ def test_truncation_is_told(tokenizer: Any, caplog: pytest.LogCaptureFixture) ->
 def test_a_length_without_room_for_text_is_told(tokenizer: Any) -> None:
     with pytest.raises(UsageError, match="max_length=3: expected more than 3, the special tokens"):
         preprocess(as_rows(PAIR, train=PAIRS), PAIR, tokenizer, max_length=3)
+
+
+def test_rows_longer_than_the_model_reads_are_told(tokenizer: Any) -> None:
+    rows = as_rows(PAIR, train=PAIRS)
+    with pytest.raises(UsageError, match=r"max_seq_length=128: there are rows of 24 tokens, and the model reads 23"):
+        preprocess(rows, PAIR, tokenizer, positions=23)
+    preprocess(rows, PAIR, tokenizer, max_length=23, positions=23)
+    preprocess(rows, PAIR, tokenizer, positions=24)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,10 @@ from types import ModuleType
 
 import pytest
 from huggingface_hub import ModelCard
+
+from hf_lightsam import LightSAMTrainingArguments
+from hf_lightsam.glue.finetuning import pick_best_by_metric
+from hf_lightsam.glue.tasks import TextTask
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
 
@@ -112,6 +117,13 @@ BAD = [
     ({"model_name_or_path": "no/such/model"}, ["model_name_or_path='no/such/model'"]),
     ({"resume_from_checkpoint": "last"}, ["resume_from_checkpoint='last'", "no complete checkpoint"]),
     ({"no_such_flag": 1}, ["--no_such_flag"]),
+    ({"on_missing": "ignore"}, ["--on_missing", "invalid choice: 'ignore'"]),
+    ({"pad_to_max_length": True}, ["max_seq_length=128: the model reads 32 tokens at most"]),
+    ({"preprocessing_num_workers": -1}, ["preprocessing_num_workers=-1", "above 0"]),
+    (
+        {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no", "metric_for_best_model": "bleu"},
+        ["metric_for_best_model='bleu': expected loss, or one of matthews_correlation"],
+    ),
 ]
 
 
@@ -122,7 +134,8 @@ def test_bad_input_is_one_line(run_glue, model_dir, data_dir, tmp_path, capsys, 
     with pytest.raises(SystemExit) as exit_:
         run_glue.main(arguments(model_dir, data_dir, tmp_path / "out", task, **flags))
     assert exit_.value.code == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+    *_, message = lines = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if "--" in line and "usage" not in line]) <= 1  # not all flags that there are
     assert message.startswith("run_glue.py: error: ")
     for fragment in fragments:
         assert fragment in message
@@ -159,6 +172,55 @@ def test_rows_of_ones_own(run_glue, model_dir, reviews, tmp_path, caplog) -> Non
     assert [line.split("\t")[0] for line in answered[1:]] == ["0", "1", "2"]
     assert {line.split("\t")[1] for line in answered[1:]} <= {"yes", "no"}
     assert "always answering 'yes' has an accuracy of 0.852" in caplog.text
+    assert "on the reviews dataset" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_damaged_models_are_told(run_glue, model_dir, data_dir, tmp_path, capsys) -> None:
+    for name, content, told in (
+        ("model.safetensors", b"x" * 100, "header"),
+        ("tokenizer", None, "its tokenizer has no vocabulary"),
+    ):
+        damaged = tmp_path / name
+        shutil.copytree(model_dir, damaged)
+        for path in damaged.iterdir():
+            if content is None and path.name.startswith(("tokenizer", "vocab")):
+                path.unlink()
+            elif path.name == name:
+                path.write_bytes(content)
+        with pytest.raises(SystemExit) as exit_:
+            run_glue.main(arguments(damaged, data_dir, tmp_path / "out"))
+        assert exit_.value.code == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"model_name_or_path='{damaged}': " in message
+        assert told in message
+
+
+@pytest.mark.parametrize(
+    ("metrics", "flags", "given", "expected"),
+    [
+        (("f1", "accuracy"), {"load_best_model_at_end": True}, None, ("f1", True)),
+        (("f1", "accuracy"), {"save_strategy": "best"}, None, ("f1", True)),
+        (("f1", "accuracy"), {"load_best_model_at_end": True}, "accuracy", ("accuracy", True)),
+        (("f1",), {"load_best_model_at_end": True}, "loss", ("loss", False)),
+        (("mse",), {"load_best_model_at_end": True}, None, ("mse", False)),
+        (("pearson", "mae"), {"load_best_model_at_end": True}, "eval_mae", ("eval_mae", False)),
+        (("f1",), {}, None, (None, None)),
+    ],
+)
+def test_the_first_metric_picks_the_best_model(tmp_path, metrics, flags, given, expected) -> None:
+    task = TextTask("own", ("text",), (), metrics)
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "metric_for_best_model": given, **flags}
+    args = LightSAMTrainingArguments(str(tmp_path), use_cpu=True, **options)
+    pick_best_by_metric(args, task, given)
+    assert (args.metric_for_best_model, args.greater_is_better) == expected
+
+
+def test_the_first_metric_is_looked_at_along_the_way(run_glue, model_dir, data_dir, tmp_path) -> None:
+    flags = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    run_glue.main(arguments(model_dir, data_dir, tmp_path, load_best_model_at_end=True, **flags))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    scores = [entry["eval_matthews_correlation"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert state["best_metric"] == max(scores[:2])
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded."""
-        for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+        numbers = ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples")
+        for name in (*numbers, "preprocessing_num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value!r}: expected a whole number above 0")

@@ -287,9 +287,12 @@ def _find_own_rows(data: DataArguments, number: int, folder: Path) -> tuple[list
     """Return the same for rows of one's own, which lie on this machine already and are cut to the first few."""
     task, rows = load_own_data(
         str(data.train_file),
+        data.validation_file,
         text_columns=data.text_columns or [],
         label_column=str(data.label_column),
+        validation_share=data.validation_share,
         regression=data.regression,
+        class_names=data.class_names,
         on_missing="drop",  # here; the script does as it is told, and tells
     )
     texts = [text for column in task.text_columns for text in rows["train"][column][:number]]

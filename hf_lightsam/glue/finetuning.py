@@ -6,6 +6,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -13,14 +15,16 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
+from transformers.trainer_utils import SaveStrategy
 
 from ..errors import UsageError
 from ..trainer import LightSAMTrainer
 from ..training_args import LightSAMTrainingArguments
 from .answers import answers
 from .arguments import ModelArguments
-from .metrics import make_compute_metrics
+from .metrics import METRICS, make_compute_metrics
 from .tasks import TextTask
 
 
@@ -28,14 +32,16 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, with something to pad by: decoders have none, and batches need one.
 
     Raises:
-        UsageError: If there is none.
+        UsageError: If there is none, or it is empty.
     """
     name = arguments.tokenizer_name or arguments.model_name_or_path
+    argument = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(arguments))
     except (OSError, ValueError) as error:
-        argument = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
-        raise UsageError(f"{argument}={name!r}: no tokenizer could be loaded: {error}") from error
+        raise UsageError(f"{argument}={name!r}: no tokenizer could be loaded: {_one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what Transformers makes where there are no files of one
+        raise UsageError(f"{argument}={name!r}: its tokenizer has no vocabulary; expected a folder with its files, too")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -59,8 +65,8 @@ def load_model(arguments: ModelArguments, task: TextTask, tokenizer: PreTrainedT
         model = AutoModelForSequenceClassification.from_pretrained(
             source, config=config, ignore_mismatched_sizes=arguments.ignore_mismatched_sizes, **options
         )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model_name_or_path={source!r}: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"model_name_or_path={source!r}: {_one_line(error)}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
@@ -73,6 +79,22 @@ def load_model(arguments: ModelArguments, task: TextTask, tokenizer: PreTrainedT
         model.config.label2id = {label: index for index, label in enumerate(task.labels)}
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model can read: the size of its table of learned positions.
+
+    None without such a table, as where positions are relative (DeBERTa-v3) or rotary.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe"):
+            # RoBERTa and its kin count positions from behind that of padding.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def hub_options(arguments: ModelArguments) -> dict[str, Any]:
@@ -104,7 +126,13 @@ def build_trainer(
         train: Tokenized rows (:func:`~hf_lightsam.glue.preprocess`) to train on.
         evaluation: Tokenized rows to evaluate on while training.
         pad_to: Tokens that every row is padded to. None: each batch to its longest row.
+
+    Raises:
+        UsageError: If that is more than the model can read.
     """
+    positions = num_positions(model)
+    if pad_to is not None and positions is not None and pad_to > positions:
+        raise UsageError(f"max_seq_length={pad_to}: the model reads {positions} tokens at most; expected no more")
     collator = DataCollatorWithPadding(
         tokenizer,
         padding="max_length" if pad_to else True,
@@ -120,6 +148,31 @@ def build_trainer(
         data_collator=collator,
         compute_metrics=make_compute_metrics(task),
     )
+
+
+def pick_best_by_metric(args: TrainingArguments, task: TextTask, given: str | None = None) -> None:
+    """Let a task's first metric, not the loss, pick the best model, where one is looked for.
+
+    And let errors such as ``mse`` count as better the smaller they are, which the Trainer cannot know.
+
+    Args:
+        args: The Trainer's arguments, which are changed.
+        task: The task.
+        given: The ``metric_for_best_model`` that was asked for; None where it is the Trainer's default, the loss.
+
+    Raises:
+        UsageError: For a metric that the task does not have.
+    """
+    if not (args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST):
+        return
+    if given is None and args.metric_for_best_model in (None, "loss"):
+        args.metric_for_best_model = task.metrics[0]
+    name = str(args.metric_for_best_model).removeprefix("eval_")
+    if name not in ("loss", *task.metrics):
+        raise UsageError(
+            f"metric_for_best_model={args.metric_for_best_model!r}: expected loss, or one of {', '.join(task.metrics)}"
+        )
+    args.greater_is_better = name != "loss" and METRICS[name].greater_is_better
 
 
 def evaluation_prefix(split: str) -> str:

@@ -41,7 +41,7 @@ def load_own_data(
     label_column: str,
     validation_share: float = 0.1,
     regression: bool | None = None,
-    label_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
     on_missing: Literal["error", "drop"] = "error",
     seed: int = 42,
@@ -63,7 +63,7 @@ def load_own_data(
         regression: Whether the label is a score. None: numbers with a fraction are scores; up to 20 different whole
             numbers, and anything that is not a number, are classes; of more whole numbers one has to say what they are.
             What was found out is logged.
-        label_names: The classes as the files write them, in the order of their ids. None: those of the training rows,
+        class_names: The classes as the files write them, in the order of their ids. None: those of the training rows,
             sorted: numbers by value, words by code points.
         metrics: Names of :data:`~hf_lightsam.glue.metrics.METRICS`; the first picks the best model. None: accuracy, f1
             and matthews_correlation for two classes, accuracy and f1_macro for more, pearson and spearmanr for scores.
@@ -88,7 +88,7 @@ def load_own_data(
     }
     tables = {split: table.without_blanks(on_missing) for split, table in tables.items()}
     train = tables["train"]
-    labels = None if _is_regression(train, regression, label_names) else _classes(train, label_names)
+    labels = None if _is_regression(train, regression, class_names) else _classes(train, class_names)
     num_labels = 1 if labels is None else len(labels)
     names = tuple(metrics) if metrics is not None else default_metrics(num_labels)
     check_metrics(names, num_labels)
@@ -191,7 +191,7 @@ class _Table:
             if name not in ids:
                 raise UsageError(
                     f"{self.place(index)}: {self.label_column}={name!r}; expected one of the classes of the training "
-                    f"rows, or of label_names: {', '.join(map(repr, task.labels))}"
+                    f"rows, or of class_names: {', '.join(map(repr, task.labels))}"
                 )
         return [ids[name] for name in names]
 
@@ -200,6 +200,10 @@ class _Table:
         score = _number(self.labels[index])
         if score is None or not math.isfinite(score):
             raise UsageError(f"{self.place(index)}: {self.label_column}={self.labels[index]!r}; expected a number")
+        if abs(score) > float(np.finfo(np.float32).max):  # which the rows, and the model, have
+            raise UsageError(
+                f"{self.place(index)}: {self.label_column}={self.labels[index]!r}; expected a finite number of 32 bits"
+            )
         return score
 
 
@@ -280,6 +284,8 @@ def _read_separated(path: Path, wanted: Sequence[str]) -> _Columns:
 
 def _read_by_datasets(path: Path, wanted: Sequence[str]) -> _Columns:
     builder = "parquet" if path.suffix.lower() == ".parquet" else "json"
+    if not path.stat().st_size:  # Datasets says nothing that helps
+        return _Columns(list(wanted), {name: [] for name in wanted})
     rows = datasets.load_dataset(builder, data_files=str(path), split="train")
     values = {name: rows[name][:] for name in wanted if name in rows.column_names}
     for name, kind in rows.features.items():
@@ -316,19 +322,19 @@ def _class_name(label: Any) -> str:
     return re.sub(r"^(-?(?:0|[1-9]\d*))\.0+$", r"\1", str(label).strip())
 
 
-def _is_regression(train: _Table, asked: bool | None, label_names: Sequence[str] | None) -> bool:
-    if asked and label_names is not None:
+def _is_regression(train: _Table, asked: bool | None, class_names: Sequence[str] | None) -> bool:
+    if asked and class_names is not None:
         raise UsageError(
-            f"label_names={list(label_names)!r}: a score has no classes; expected none with regression=True"
+            f"class_names={list(class_names)!r}: a score has no classes; expected none with regression=True"
         )
-    if asked is not None or label_names is not None:
+    if asked is not None or class_names is not None:
         return bool(asked)
     assert train.labels is not None
     numbers = [_number(label) for label in train.labels]
     if any(number is None or not math.isfinite(number) for number in numbers):
         return False
     found = f"label_column={train.label_column!r}"
-    different = len(set(numbers))
+    different = len(set(map(_class_name, train.labels)))
     if not all(number is not None and number.is_integer() for number in numbers):
         logger.warning(f"{found}: numbers with a fraction are taken for scores; regression=False makes them classes")
         return True
@@ -341,13 +347,15 @@ def _is_regression(train: _Table, asked: bool | None, label_names: Sequence[str]
     return False
 
 
-def _classes(train: _Table, label_names: Sequence[str] | None) -> list[str]:
+def _classes(train: _Table, class_names: Sequence[str] | None) -> list[str]:
     assert train.labels is not None
     found = {_class_name(label) for label in train.labels}
-    if label_names is not None:
-        names = [_class_name(name) for name in label_names]
-        if len(set(names)) != len(names) or len(names) < 2:
-            raise UsageError(f"label_names={list(label_names)!r}: expected two or more names, all different")
+    if class_names is not None:
+        names = [_class_name(name) for name in class_names]
+        if len(set(names)) != len(names) or len(names) < 2 or any(map(is_blank, names)):
+            raise UsageError(
+                f"class_names={list(class_names)!r}: expected two or more names, all different and not blank"
+            )
         return names
     if len(found) < 2:
         raise UsageError(

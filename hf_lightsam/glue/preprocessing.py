@@ -18,7 +18,12 @@ _NUM_TOKENS = "num_tokens_uncut"
 
 
 def preprocess(
-    rows: datasets.DatasetDict, task: TextTask, tokenizer: Any, max_length: int = 128, num_proc: int | None = None
+    rows: datasets.DatasetDict,
+    task: TextTask,
+    tokenizer: Any,
+    max_length: int = 128,
+    num_proc: int | None = None,
+    positions: int | None = None,
 ) -> datasets.DatasetDict:
     """Tokenize the texts, cut to ``max_length`` tokens and not padded: that is the collator's work, batch by batch.
 
@@ -30,14 +35,16 @@ def preprocess(
         tokenizer: A Transformers tokenizer.
         max_length: Tokens at most, of both texts of a pair together, special tokens included.
         num_proc: Processes; None for this one.
+        positions: Tokens that the model can read (:func:`~hf_lightsam.glue.finetuning.num_positions`); None for any
+            number.
 
     Returns:
         The rows with the tokenizer's columns in place of the texts; ``label`` and ``idx`` stay.
 
     Raises:
-        UsageError: If ``max_length`` leaves no room for text.
+        UsageError: If ``max_length`` leaves no room for text, or rows more tokens than ``positions``.
     """
-    tokenized, reports = tokenize(rows, task, tokenizer, max_length, num_proc)
+    tokenized, reports = tokenize(rows, task, tokenizer, max_length, num_proc, positions)
     for report in reports.values():
         if report.rows_cut:
             logger.warning(str(report))
@@ -45,7 +52,12 @@ def preprocess(
 
 
 def tokenize(
-    rows: datasets.DatasetDict, task: TextTask, tokenizer: Any, max_length: int = 128, num_proc: int | None = None
+    rows: datasets.DatasetDict,
+    task: TextTask,
+    tokenizer: Any,
+    max_length: int = 128,
+    num_proc: int | None = None,
+    positions: int | None = None,
 ) -> tuple[datasets.DatasetDict, dict[str, TruncationReport]]:
     """Tokenize as :func:`preprocess` does, and also return by split what was cut off.
 
@@ -80,4 +92,10 @@ def tokenize(
         str(split): TruncationReport.of(str(split), np.asarray(part[_NUM_TOKENS][:]), max_length)
         for split, part in tokenized.items()
     }
+    longest = max((min(report.longest, max_length) for report in reports.values()), default=0)
+    if positions is not None and longest > positions:
+        raise UsageError(
+            f"max_seq_length={max_length}: there are rows of {longest} tokens, and the model reads {positions}; "
+            "expected no more"
+        )
     return tokenized.remove_columns(_NUM_TOKENS), reports

@@ -79,7 +79,7 @@ def _load_own(arguments: DataArguments, args: TrainingArguments) -> tuple[TextTa
         label_column=arguments.label_column,
         validation_share=arguments.validation_share,
         regression=arguments.regression,
-        label_names=arguments.class_names,
+        class_names=arguments.class_names,
         metrics=arguments.metrics,
         on_missing=arguments.on_missing,
         seed=args.seed,

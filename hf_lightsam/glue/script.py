@@ -105,6 +105,8 @@ def _share(trainer: LightSAMTrainer, task: TextTask, base_model: str) -> None:
     if isinstance(task, GlueTask):
         told |= {"language": "en", "dataset_tags": HUB_DATASET, "dataset": f"GLUE {task.folder}"}
         told["dataset_args"] = task.name
+    else:
+        told["dataset"] = task.name
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**told)
     else:
