@@ -155,7 +155,10 @@ class SuiteArguments(ModelArguments):
         default=None, metadata={"help": "YAML file with settings for each task; flags given here go before it."}
     )
     threads: int | None = field(default=None, metadata={"help": "Threads of torch. Default: torch's own number."})
-    table: bool = field(default=False, metadata={"help": "Print the tables of output_dir, run nothing."})
+    table: bool = field(
+        default=False,
+        metadata={"help": "Print the tables of output_dir, with its own baseline if none is given; run nothing."},
+    )
 
 
 _SUITE_FIELDS = tuple(each.name for each in dataclasses.fields(SuiteArguments))
@@ -188,7 +191,7 @@ class Request:
     @property
     def output_dir(self) -> Path:
         """Where everything is written."""
-        return Path(self.given.get("output_dir") or DEFAULTS["output_dir"])
+        return Path(self.given.get("output_dir", DEFAULTS["output_dir"]))
 
     def max_seq_length(self, task: GlueTask) -> int:
         """Return the tokens at most of a task's rows."""
@@ -274,6 +277,7 @@ def parse(argv: Sequence[str], program: str, description: str | None = None) -> 
     parser = HfArgumentParser(
         (SuiteArguments, LightSAMTrainingArguments),  # type: ignore[arg-type]
         prog=program,
+        usage=f"{program} [--flag VALUE ...]",
         description=description,
         formatter_class=_HelpFormatter,
     )
@@ -282,13 +286,20 @@ def parse(argv: Sequence[str], program: str, description: str | None = None) -> 
     recipe = load_recipe(given["recipe"], parser) if given.get("recipe") else None
     common = {} if recipe is None else _common(recipe)
     arguments = SuiteArguments(**{name: value for name, value in (common | given).items() if name in _SUITE_FIELDS})
-    for name, accepted in _REFUSED.items():
-        if name in common | given:
-            raise UsageError(f"{name}={(common | given)[name]!r}: {accepted}")
+    for values in (common | given, *(recipe.tasks.values() if recipe is not None else ())):
+        for name, accepted in _REFUSED.items():
+            if name in values:
+                raise UsageError(f"{name}={values[name]!r}: {accepted}")
+    if not given.get("output_dir", True):
+        raise UsageError("output_dir='': expected a folder")
     for name in ("max_train_samples", "max_eval_samples", "max_seq_length", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"{name}={value!r}: expected a whole number above 0")
+    if arguments.sharpness_samples < 0:
+        raise UsageError(
+            f"sharpness_samples={arguments.sharpness_samples!r}: expected a whole number above 0, or 0 for none"
+        )
     studied = _studied(common | given)
     baseline = None if arguments.baseline == "none" else parse_method(arguments.baseline, "baseline")
     methods = [*([] if baseline is None else [baseline]), studied, *parse_methods(arguments.methods)]
@@ -410,6 +421,8 @@ def check(request: Request) -> None:
         if request.studied is None:
             raise UsageError("submission: expected one method whose answers they are, by hf-lightsam glue --optim")
     for task in request.tasks:
+        if request.max_seq_length(task) < 1:
+            raise UsageError(f"max_seq_length={request.max_seq_length(task)!r}: expected a whole number above 0")
         for method in request.methods:
             try:
                 args = request.training_arguments(task, method, 0, request.output_dir)
@@ -417,7 +430,7 @@ def check(request: Request) -> None:
                 if method == request.studied:
                     raise
                 raise UsageError(f"{_argument(request, method)}={method.label!r}: {error}") from None
-            check_training_arguments(args)
+            check_training_arguments(args, task)
     if request.arguments.model_name_or_path == PACKAGE and not Path(PACKAGE).is_dir():
         packaged_encoder()
 
@@ -426,7 +439,7 @@ def _argument(request: Request, method: Method) -> str:
     return "baseline" if method == request.baseline else "methods"
 
 
-def check_training_arguments(args: TrainingArguments) -> None:
+def check_training_arguments(args: TrainingArguments, task: GlueTask) -> None:
     """Check what the Trainer itself would notice late, or not at all.
 
     Raises:
@@ -443,6 +456,11 @@ def check_training_arguments(args: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise UsageError(f"{name}={getattr(args, name)!r}: expected a whole number above 0")
+    best, known = args.metric_for_best_model, ("loss", *task.metrics)
+    if args.save_strategy == "best" and best is None:
+        raise UsageError(f"save_strategy='best': expected metric_for_best_model, too, one of {', '.join(known)}")
+    if best is not None and best.removeprefix("eval_") not in known:
+        raise UsageError(f"metric_for_best_model={best!r}: expected, for {task.name}, one of {', '.join(known)}")
 
 
 def model_source(name: str) -> str:

@@ -25,15 +25,17 @@ import sys
 from collections.abc import Callable, Sequence
 
 import datasets
+import pandas as pd
 import torch
 import transformers
 
-from ...errors import report_usage_errors
+from ...errors import UsageError, report_usage_errors
 from ...interruptible import INTERRUPTED
 from .arguments import Request, parse
+from .methods import Method, parse_method
 from .runner import Suite
-from .store import read_results, write_atomically
-from .tables import tables
+from .store import SETTINGS, read_results, read_settings, write_atomically
+from .tables import labelled, tables
 
 PROGRAM = "hf-lightsam glue"
 TABLES = "tables.md"
@@ -53,7 +55,12 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
     with report_usage_errors(program):
         request = parse(argv, program, __doc__)
         if request.arguments.table:
-            print(tables(read_results(request.output_dir), request.baseline))
+            results = read_results(request.output_dir)
+            if results.empty:
+                raise UsageError(
+                    f"output_dir={str(request.output_dir)!r}: no run is done there; expected a suite's runs"
+                )
+            print(tables(results, _compared(request, results)))
             return
     run(request, [*program.split(), *argv], program, _conclude)
 
@@ -77,6 +84,9 @@ def run(request: Request, command: Sequence[str], program: str, conclude: Callab
         suite.make_runs()
         if suite.is_main:
             conclude(suite)
+    except UsageError as error:  # and no other ValueError, which would be a bug
+        with report_usage_errors(program):
+            raise error
     except KeyboardInterrupt:
         if suite.is_main:
             print(
@@ -88,6 +98,22 @@ def run(request: Request, command: Sequence[str], program: str, conclude: Callab
         suite.close()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _compared(request: Request, results: pd.DataFrame) -> Method | None:
+    """Return the baseline of finished runs: that which is asked for, else that of the suite that made them."""
+    given, path = request.given.get("baseline"), request.output_dir
+    settings = (path if path.is_dir() else path.parent) / SETTINGS
+    baseline = request.baseline
+    if given is None and settings.is_file():
+        label = read_settings(settings, f"output_dir={str(path)!r}")["baseline"]
+        baseline = None if label is None else parse_method(label, "baseline")
+    labels = sorted(set(labelled(results)["label"]))
+    if baseline is None or baseline.label in labels:
+        return baseline
+    if given is not None:
+        raise UsageError(f"baseline={given!r}: no runs of it; expected none, or one of {', '.join(labels)}")
+    return None
 
 
 def quiet(request: Request) -> None:
@@ -106,6 +132,4 @@ def _conclude(suite: Suite) -> None:
     write_atomically(suite.output_dir / TABLES, text + "\n")
     print(text)
     if suite.request.arguments.submission:
-        with report_usage_errors(PROGRAM):
-            path = suite.write_submission(results)
-        print(f"\n{path}")
+        print(f"\n{suite.write_submission(results)}")

@@ -43,8 +43,14 @@ def read_predictions(path: Path) -> pd.DataFrame:
     """Read what :func:`save_predictions` wrote, in order of the rows' numbers.
 
     Raises:
-        UsageError: If there is no such file.
+        UsageError: If there is no such file, or it is none of these.
     """
     if not path.is_file():
         raise UsageError(f"output_dir: {path} is missing; expected the predictions of a run")
-    return pd.read_parquet(path)
+    try:
+        found = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"output_dir: {path} cannot be read: {error}; without it the run is made again") from error
+    if not {"idx", "prediction"} <= set(found):
+        raise UsageError(f"output_dir: {path} has no predictions; without it the run is made again")
+    return found

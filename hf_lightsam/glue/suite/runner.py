@@ -27,7 +27,7 @@ from ...trainer import LightSAMTrainer
 from ..answers import answers
 from ..arguments import ModelArguments
 from ..data import load_glue
-from ..finetuning import build_trainer, load_model, load_tokenizer, predict
+from ..finetuning import build_trainer, load_model, load_tokenizer, num_positions, predict
 from ..metrics import task_metrics
 from ..preprocessing import tokenize
 from ..tasks import DIAGNOSTIC, TASKS, GlueTask
@@ -107,7 +107,7 @@ class Suite:
         self.rows = {task.name: self._load_rows(task) for task in request.tasks}
         self.test_rows = self._load_test_rows() if arguments.submission else {}
         self._tokenizer = load_tokenizer(self._model_arguments)
-        load_model(self._model_arguments, request.tasks[0], self._tokenizer)
+        self._positions = num_positions(load_model(self._model_arguments, request.tasks[0], self._tokenizer))
         self._store: Store | None = None
         self._evaluation_tokens: dict[str, datasets.DatasetDict] = {}
         self.done = set(self._on_main(self._open_store))
@@ -182,7 +182,7 @@ class Suite:
                         f"output_dir={str(self.output_dir)!r}: its runs of {task} with seed {seed} had other rows than "
                         "those of data_dir; expected the same data, or another folder"
                     )
-                if settings != settings_digest(self._settings, task):
+                if task not in self._settings["tasks"] or settings != settings_digest(self._settings, task):
                     raise UsageError(
                         f"output_dir={str(self.output_dir)!r}: its runs of {task} were not made with the settings in "
                         "settings.json"
@@ -226,6 +226,7 @@ class Suite:
 
         Raises:
             KeyboardInterrupt: On Ctrl-C, after a checkpoint if a training was under way.
+            UsageError: If a row is longer than the model can read, or ``max_seq_length`` leaves no room for text.
         """
         runs = self.runs()
         try:
@@ -252,7 +253,7 @@ class Suite:
     def _tokenize(self, rows: datasets.DatasetDict, task: GlueTask, is_told: bool = False) -> datasets.DatasetDict:
         length = self.request.max_seq_length(_trained_task(task))
         with self._state.main_process_first():
-            tokenized, reports = tokenize(rows, task, self._tokenizer, length)
+            tokenized, reports = tokenize(rows, task, self._tokenizer, length, positions=self._positions)
         if is_told and self.is_main:
             for report in reports.values():
                 if report.rows_cut:

@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ...errors import UsageError
@@ -64,6 +65,8 @@ EXPORT = "results.csv"
 SETTINGS = "settings.json"
 LOCK = "suite.lock"
 
+_HINT = f"; expected a suite's, or none beside {EXPORT}, from which it is made again"
+
 RunKey = tuple[str, str, str, int]
 """Task, method, options and seed of a run."""
 
@@ -90,9 +93,18 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"output_dir={str(folder)!r}: {error.strerror}; expected a folder that can be made"
+            ) from error
         self._lock = _acquire(self.folder / LOCK)
-        self._database = sqlite3.connect(self.folder / DATABASE)
+        try:
+            self._database = sqlite3.connect(self.folder / DATABASE)
+        except sqlite3.Error as error:
+            self._lock.close()
+            raise UsageError(f"output_dir={str(folder)!r}: {DATABASE}: {error}") from error
         try:
             self._database.execute("PRAGMA synchronous=FULL")
             columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
@@ -106,7 +118,7 @@ class Store:
                 found.append(name)
         except sqlite3.DatabaseError as error:
             self.close()
-            raise UsageError(f"output_dir={str(folder)!r}: {DATABASE} cannot be read: {error}") from error
+            raise UsageError(f"output_dir={str(folder)!r}: {DATABASE} cannot be read: {error}{_HINT}") from error
         if set(found) != set(COLUMNS):
             self.close()
             raise UsageError(
@@ -177,10 +189,7 @@ class Store:
             if self.runs():
                 raise UsageError(f"output_dir={str(self.folder)!r}: {SETTINGS} is missing beside {DATABASE}")
             return None
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"output_dir={str(self.folder)!r}: {SETTINGS} is no JSON file: {error}") from None
+        settings = read_settings(path, f"output_dir={str(self.folder)!r}")
         return settings if self.runs() else None
 
     def save_settings(self, settings: dict[str, Any]) -> None:
@@ -190,22 +199,57 @@ class Store:
 
 def _acquire(path: Path) -> sqlite3.Connection:
     """Return what holds the folder until it is closed or its process has ended, however that ends."""
-    lock = sqlite3.connect(path, timeout=0.0, isolation_level=None)
+    given = f"output_dir={str(path.parent)!r}"
+    try:
+        lock = sqlite3.connect(path, timeout=0.0, isolation_level=None)
+    except sqlite3.Error as error:
+        raise UsageError(f"{given}: {LOCK}: {error}; expected a folder that may be written to") from error
     try:
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
+    except sqlite3.Error as error:
         lock.close()
-        raise UsageError(
-            f"output_dir={str(path.parent)!r}: another suite is running there; expected another folder, or to wait"
-        ) from None
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise UsageError(f"{given}: another suite is running there; expected another folder, or to wait") from None
+        raise UsageError(f"{given}: {LOCK} is none of a suite's: {error}; expected another folder") from error
     return lock
+
+
+def read_settings(path: Path, given: str) -> dict[str, Any]:
+    """Read a suite's ``settings.json``.
+
+    Args:
+        path: The file.
+        given: What a message calls the argument that led to it.
+
+    Raises:
+        UsageError: If it is not there, or it is none of this program's.
+    """
+    if not path.is_file():
+        raise UsageError(f"{given}: {SETTINGS} is missing beside the results; expected the suite's output_dir")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{given}: {SETTINGS} is no JSON file: {error}") from None
+    is_whole = (
+        isinstance(settings, dict)
+        and set(settings) >= {"optim", "baseline", "shared", "tasks"}
+        and isinstance(settings["tasks"], dict)
+        and all(isinstance(part, dict) for part in (settings["shared"], *settings["tasks"].values()))
+    )
+    if not is_whole:
+        raise UsageError(
+            f"{given}: {SETTINGS} is not a suite's; expected optim, baseline, shared and tasks in it, the latter two "
+            "with settings by name"
+        )
+    return settings
 
 
 def read_results(path: str | Path) -> pd.DataFrame:
     """Read the results of a suite.
 
     Args:
-        path: A suite's folder (of which the database is read, and without one the CSV file), or one of the files.
+        path: A suite's folder (of which the database is read, and without one that has runs the CSV file), or one of
+            the files.
 
     Returns:
         The columns of :data:`COLUMNS`, one line a run, split and metric, in order of their keys; ``options`` is text,
@@ -216,7 +260,8 @@ def read_results(path: str | Path) -> pd.DataFrame:
     """
     given, path = str(path), Path(path)
     if path.is_dir():
-        path = path / (DATABASE if (path / DATABASE).is_file() else EXPORT)
+        has_export = (path / EXPORT).is_file()
+        path = path / (EXPORT if has_export and not _has_runs(path / DATABASE) else DATABASE)
     if not path.is_file():
         raise UsageError(f"results={given!r}: no results there; expected the output_dir of a suite, or its {EXPORT}")
     try:
@@ -226,13 +271,33 @@ def read_results(path: str | Path) -> pd.DataFrame:
             with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
                 results = pd.read_sql("SELECT * FROM results", database)
     except (ValueError, pd.errors.DatabaseError, sqlite3.DatabaseError) as error:
-        raise UsageError(f"results={given!r}: {path.name} cannot be read: {error}") from error
+        hint = _HINT if path.name == DATABASE else ""
+        raise UsageError(f"results={given!r}: {path.name} cannot be read: {error}{hint}") from error
     results = results.reindex(columns=[*results, *_optional(results)])
     missing = [name for name in COLUMNS if name not in results]
     if missing:
         raise UsageError(f"results={given!r}: {path.name} has no column {', '.join(missing)}; expected a suite's file")
     results["options"] = results["options"].fillna("")
+    needed = [name for name, kind in COLUMNS.items() if kind.endswith("NOT NULL")]
+    (holes,) = np.nonzero(results[needed].isna().any(axis="columns"))
+    (twice,) = np.nonzero(results.duplicated(list(KEY)))
+    for lines, told in ((holes, f"expected a value in each of {', '.join(needed)}"), (twice, "it is there twice")):
+        if len(lines):
+            raise UsageError(f"results={given!r}: {path.name}, data row {lines[0] + 1}: {told}")
     return _sorted(results[list(COLUMNS)])
+
+
+def _has_runs(database: Path) -> bool:
+    """Say whether a suite's database is there and not empty, as one is that a suite made and was refused for."""
+    if not database.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened:
+            if not opened.execute("SELECT 1 FROM sqlite_master").fetchone():
+                return False
+            return opened.execute("SELECT 1 FROM results").fetchone() is not None
+    except sqlite3.Error:  # whoever reads it is told
+        return True
 
 
 def _optional(found: Iterable[str]) -> list[str]:
