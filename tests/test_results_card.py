@@ -273,6 +273,9 @@ def test_the_command_writes_the_card(folder: Path, settings: dict[str, Any], cap
         (["--method", "sma"], "method='sma': expected"),
         (["--method", OWN.label, "--baseline", "sam:rho=1"], "baseline='sam:rho=1': no runs of it on mrpc"),
         (["--output", "/dev/null/card.md"], "output='/dev/null/card.md': "),
+        (["--output", ""], "output='': "),
+        (["--base_model", "/models/bert"], "base_model='/models/bert': expected a name on the hub"),
+        (["--license", "Apache 2"], "license='Apache 2': expected it as the hub writes licences"),
     ],
 )
 def test_bad_requests(folder: Path, options: list[str], message: str, capsys: Any) -> None:
@@ -292,7 +295,12 @@ def test_results_that_do_not_belong_together(folder: Path, settings: dict[str, A
     other = {**settings, "shared": {**settings["shared"], "max_train_samples": 7}}
     with pytest.raises(UsageError, match=r"the runs of mrpc were made with others"):
         card_from_results(found, other, "mrpc", OWN, REFERENCE)
-    for text, message in (("{", "is no JSON file"), ("[]", "is not a suite's"), (None, "is missing")):
+    for text, message in (
+        ("{", "is no JSON file"),
+        ("[]", "is not a suite's"),
+        (json.dumps({**settings, "tasks": {"mrpc": 1}}), "is not a suite's"),
+        (None, "is missing"),
+    ):
         (folder / "settings.json").unlink()
         if text is not None:
             (folder / "settings.json").write_text(text)

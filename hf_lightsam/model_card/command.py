@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 from ..errors import UsageError, report_usage_errors
 from ..glue.suite import parse_method, read_results
-from ..glue.suite.store import SETTINGS, write_atomically
+from ..glue.suite.store import SETTINGS, read_settings, write_atomically
 from .results_card import card_from_results
 
 PROGRAM = "hf-lightsam card"
-_NEEDED = {"optim", "baseline", "shared", "tasks"}
 
 
 def main(argv: Sequence[str], program: str = PROGRAM) -> None:
@@ -39,7 +37,7 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
     parser.add_argument("--license", help="of the model, as the hub writes licences; default: the packaged encoder's")
     asked = parser.parse_args(argv)
     with report_usage_errors(program):
-        results, settings = read_results(asked.results), _read_settings(Path(asked.results))
+        results, settings = read_results(asked.results), _read_settings(asked.results)
         method = parse_method(asked.method or settings["optim"], "method")
         compared = asked.baseline or settings["baseline"] or "none"
         baseline = None if compared == "none" else parse_method(compared, "baseline")
@@ -58,25 +56,13 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, str(card))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UsageError(
                 f"output={asked.output!r}: {error}; expected a file to write, such as model_cards/mrpc.md"
             ) from error
     print(path)
 
 
-def _read_settings(results: Path) -> dict[str, Any]:
-    path = (results if results.is_dir() else results.parent) / SETTINGS
-    if not path.is_file():
-        raise UsageError(
-            f"results={str(results)!r}: {SETTINGS} is missing beside them; expected the suite's output_dir"
-        )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"results={str(results)!r}: {SETTINGS} is no JSON file: {error}") from None
-    if not (isinstance(settings, dict) and set(settings) >= _NEEDED):
-        raise UsageError(
-            f"results={str(results)!r}: {SETTINGS} is not a suite's; expected {', '.join(sorted(_NEEDED))} in it"
-        )
-    return settings
+def _read_settings(results: str) -> dict[str, Any]:
+    path = Path(results)
+    return read_settings((path if path.is_dir() else path.parent) / SETTINGS, f"results={results!r}")

@@ -22,8 +22,13 @@ def hub_name(name: str) -> str | None:
     """Return the name on the hub of what a model was loaded from; None for a local folder, or what can be no name."""
     if name == PACKAGE:
         return PACKAGED
+    return name if is_hub_name(name) and not Path(name).is_dir() else None
+
+
+def is_hub_name(name: str) -> bool:
+    """Say whether the hub could have a model of this name."""
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return None
-    return None if Path(name).is_dir() else name
+        return False
+    return True

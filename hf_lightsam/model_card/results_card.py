@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..errors import UsageError
 from ..glue.data import HUB_DATASET
 from ..glue.suite import Method
 from . import findings, method_text, recipe_text
-from .hub_names import METRIC_TYPES, PACKAGED, PACKAGED_LICENSE, hub_name
+from .hub_names import METRIC_TYPES, PACKAGED, PACKAGED_LICENSE, hub_name, is_hub_name
 from .measured import Measured, measured
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -47,8 +49,12 @@ def card_from_results(
         command: That makes the card again, for it to tell. Default: not told.
 
     Raises:
-        UsageError: As :func:`measured`.
+        UsageError: As :func:`measured`; for a base model or licence that the hub would not take.
     """
+    if base_model is not None and not is_hub_name(base_model):
+        raise UsageError(f"base_model={base_model!r}: expected a name on the hub, like google-bert/bert-base-cased")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise UsageError(f"license={license!r}: expected it as the hub writes licences, like apache-2.0")
     found = measured(results, settings, task, method, baseline)
     loaded = str(found.settings["model_name_or_path"])
     base = base_model or hub_name(loaded)
