@@ -73,6 +73,7 @@ def test_trains_and_evaluates(run_glue, model_dir, data_dir, tmp_path, task, opt
     assert (tmp_path / "model.safetensors").is_file()
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.datasets == ["nyu-mll/glue"]
+    assert {result.dataset_split for result in card.data.eval_results} == {f"validation{'_matched' * (task == 'mnli')}"}
     assert optim in card.text or optim == "adamw_torch_fused"
     assert card.data.eval_results
     assert str(model_dir) not in card.content

@@ -52,7 +52,7 @@ def read_split(task: GlueTask, split: str, path: Path, verify: bool = True) -> d
         raise UsageError(f"data_dir: {path} has no rows")
     if verify:
         warn_if_different(task, split, path, len(columns["label"]), content)
-    return datasets.Dataset.from_dict(columns, features=features(task))
+    return datasets.Dataset.from_dict(columns, features=features(task), split=datasets.NamedSplit(split))
 
 
 def _rows(task: GlueTask, path: Path, content: bytes, is_test: bool) -> Iterator[tuple[int, int, dict[str, str]]]:
