@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network, and a test that tried would only be slow
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,13 @@ def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module, **toler
             torch.testing.assert_close(a, b, msg=lambda message, name=name: f"{name}: {message}", **tolerance)
         else:
             assert torch.equal(a, b), name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections() -> None:
+    """The Trainer collects garbage in every run; what the imports made need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import random
@@ -12,7 +11,6 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +42,6 @@ from hf_lightsam.glue.tasks import DIAGNOSTIC, TASKS
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 BASELINE = "adamw_torch_fused"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """The Trainer collects garbage in every run; what the imports made need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
