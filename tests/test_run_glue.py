@@ -15,9 +15,10 @@ from types import ModuleType
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_lightsam import LightSAMTrainingArguments
-from hf_lightsam.glue.finetuning import pick_best_by_metric
+from hf_lightsam.glue.finetuning import num_positions, pick_best_by_metric
 from hf_lightsam.glue.tasks import TextTask
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
@@ -100,6 +101,15 @@ def test_flags_from_a_file(run_glue, model_dir, data_dir, tmp_path) -> None:
     assert (tmp_path / "out" / "train_results.json").is_file()
 
 
+def test_values_of_other_types_in_a_file_are_told(run_glue, model_dir, tmp_path, capsys) -> None:
+    flags = {"model_name_or_path": str(model_dir), "task_name": "cola", "output_dir": "out", "max_seq_length": "long"}
+    (tmp_path / "flags.json").write_text(json.dumps(flags))
+    with pytest.raises(SystemExit) as exit_:
+        run_glue.main([str(tmp_path / "flags.json")])
+    assert exit_.value.code == 2
+    assert "max_seq_length='long': expected a whole number above 0" in capsys.readouterr().err
+
+
 BAD = [
     ({"task": "colo"}, ["task_name='colo'", "cola, sst2"]),
     ({"data_dir": "nowhere"}, ["data_dir='nowhere'", "no such folder"]),
@@ -174,6 +184,17 @@ def test_rows_of_ones_own(run_glue, model_dir, reviews, tmp_path, caplog) -> Non
     assert {line.split("\t")[1] for line in answered[1:]} <= {"yes", "no"}
     assert "always answering 'yes' has an accuracy of 0.852" in caplog.text
     assert "on the reviews dataset" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"), [("bert", 40), ("roberta", 38), ("deberta-v2", None), ("gpt2", 40), ("qwen2", None)]
+)
+def test_positions_are_those_of_the_table(model_type, expected) -> None:
+    """RoBERTa's begin behind that of padding; relative and rotary ones have no table."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40}
+    more = {"position_biased_input": False} if model_type == "deberta-v2" else {}
+    config = AutoConfig.for_model(model_type, vocab_size=9, intermediate_size=16, pad_token_id=1, **sizes, **more)
+    assert num_positions(AutoModelForSequenceClassification.from_config(config)) == expected
 
 
 def test_damaged_models_are_told(run_glue, model_dir, data_dir, tmp_path, capsys) -> None:

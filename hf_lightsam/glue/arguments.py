@@ -68,7 +68,7 @@ class DataArguments:
         numbers = ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples")
         for name in (*numbers, "preprocessing_num_workers"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not (isinstance(value, int) and value >= 1):  # a file of flags may hold anything
                 raise UsageError(f"{name}={value!r}: expected a whole number above 0")
         if (self.task_name is None) == (self.train_file is None):
             raise UsageError(
