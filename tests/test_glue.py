@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
+import transformers
 from glue_files import ROWS, write_glue
 
 from hf_lightsam.errors import UsageError
@@ -179,8 +180,9 @@ def test_the_checksum_is_of_the_text_alone() -> None:
 
 @pytest.fixture(autouse=True)
 def _warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever a script that ran in this process has set."""
+    """Whatever a script that ran in this process has set, and also those that it has heard."""
     caplog.set_level(logging.WARNING, "hf_lightsam")
+    transformers.utils.logging.warning_once.cache_clear()
 
 
 @pytest.mark.parametrize("write", [None, as_parquet, as_saved])
