@@ -22,13 +22,13 @@ class UsageError(ValueError):
 
 @contextmanager
 def report_usage_errors(program: str) -> Iterator[None]:
-    """Turn a :class:`ValueError` or missing file raised in the body into ``program: error: ...`` and exit status 2.
+    """Turn a :class:`ValueError`, or an error of files, in the body into ``program: error: ...`` and exit status 2.
 
     Meant for the set-up phase of a command (arguments, data, model), before any training: an error in a training step
     is a bug and keeps its traceback.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -83,6 +83,9 @@ def run_script(arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line's script; a script that cannot be found is told in one line, with exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] in (["-h"], ["--help"]):
+        print(f"usage: {PROGRAM} SCRIPT ...\n       {PROGRAM} -m MODULE ...\n\n{__doc__}")
+        return
     try:
         run_script(given)
     except UsageError as error:  # of ours, wherever in the script: bad options are told in a line, too

@@ -3,9 +3,7 @@
 examples=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 script=$(basename "$0")
 
-# The run that a script makes where its arguments, which come after these, say no other.
-defaults=(--recipe "$examples/recipes/bert_base.yaml" --task_name mrpc --output_dir outputs/glue --do_train --do_eval)
-
+task=(--task_name mrpc)
 dry_run=false
 for argument in "$@"; do
     case $argument in
@@ -15,8 +13,12 @@ for argument in "$@"; do
             exit 0
             ;;
         --dry_run | --dry-run) dry_run=true ;;
+        --train_file* | --train-file*) task=() ;; # rows of one's own
     esac
 done
+
+# The run that a script makes where its arguments, which come after these, say no other.
+defaults=(--recipe "$examples/recipes/bert_base.yaml" "${task[@]}" --output_dir outputs/glue --do_train --do_eval)
 
 # need_gpus N: ends the script with a message where there are fewer than N GPUs; sets $gpus to their number.
 need_gpus() {
