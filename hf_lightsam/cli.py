@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo.run", "fine-tune a small encoder on sentences made by a program"),
     "glue": ("glue.suite.command", "run GLUE tasks, methods and seeds, and compare the methods"),
     "card": ("model_card.command", "write the model card of a method on a task from a suite's results"),
+    "sharpness": ("sharpness.command", "measure how sharp a model's loss is, and draw it"),
     "methods": ("methods_table", "tell the methods of the optim flag, or all of one"),
     "run": ("launch", "run a script with transformers' Trainer swapped for LightSAM's: run SCRIPT ..."),
 }

@@ -1,5 +1,6 @@
 """How sharp a model's loss is around its weights."""
 
+from .callback import SharpnessCallback
 from .connectivity import Connectivity, linear_connectivity
 from .eigenvalues import Eigenvalues, hessian_eigenvalues
 from .hvp import HessianOperator
@@ -16,6 +17,7 @@ __all__ = [
     "Landscape",
     "MSharpness",
     "Moment",
+    "SharpnessCallback",
     "filter_normalized",
     "hessian_eigenvalues",
     "hessian_moments",

@@ -66,7 +66,7 @@ def hessian_eigenvalues(
         max_products: Hessian-vector products at most, but for a part of a restart. An eigenvalue that has not
             converged by then is left out.
         num_vectors: Lanczos vectors, above ``top_k`` and at most d: fewer need less memory and more products. Default:
-            ``max(2 * top_k + 1, 20)``, or d if that is smaller.
+            ``max(2 * top_k + 1, top_k + 7)``, or d if that is smaller.
         seed: Of the start vector.
         keep_vectors: Whether to return the eigenvectors.
         progress: Whether to show a progress bar, which counts products.
@@ -130,7 +130,7 @@ def largest_eigenvalues(
     check_number("tolerance", tolerance, positive=True)
     check_count("max_products", max_products)
     size = hessian.num_weights
-    held = num_vectors or min(size, max(2 * top_k + 1, 20))
+    held = num_vectors or min(size, max(2 * top_k + 1, top_k + 7))
     count, is_zero = 0, True
 
     def counted(vector: np.ndarray) -> np.ndarray:

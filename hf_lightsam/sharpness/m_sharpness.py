@@ -19,6 +19,7 @@ from .frozen_model import FrozenModel
 from .objective import Objective, Sums, Weights, check_batches, shifted
 
 Kind = Literal["worst", "average"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def m_sharpness(
     check_count("num_directions", num_directions)
     if m is not None:
         check_count("m", m)
-    check_choice("kind", kind, get_args(Kind))
+    check_choice("kind", kind, KINDS)
     rows = check_batches(batches, distributed)
     frozen = FrozenModel(model, row_losses)
     scaling = {name: weight.abs() for name, weight in frozen.weights.items()} if adaptive else None
