@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..plots import new_figure
 from .connectivity import Connectivity
 from .report import Report
@@ -34,7 +36,10 @@ def draw(reports: Sequence[Report], line: Connectivity | None, path: Path) -> No
             panels.append((_draw_radii, reports, adaptive))
     if first.line is not None:
         panels.append((_draw_line, reports))
-    panels.extend((_draw_plane, report) for report in reports if report.plane is not None)
+    planes = [report.plane.losses for report in reports if report.plane is not None]
+    if planes:  # one colour scale
+        levels = np.linspace(min(map(np.min, planes)), max(map(np.max, planes)), 21)
+        panels.extend((_draw_plane, report, levels) for report in reports if report.plane is not None)
     if line is not None:
         panels.append((_draw_connectivity, line, [report.name for report in reports]))
     columns = max(1, min(3, len(panels)))
@@ -77,10 +82,10 @@ def _draw_line(axes: Any, reports: Sequence[Report]) -> None:
     _finish(axes)
 
 
-def _draw_plane(axes: Any, report: Report) -> None:
+def _draw_plane(axes: Any, report: Report, levels: np.ndarray) -> None:
     assert report.plane is not None
     coordinates = report.plane.coordinates
-    contours = axes.contourf(coordinates, coordinates, report.plane.losses.T, levels=20, cmap="viridis")
+    contours = axes.contourf(coordinates, coordinates, report.plane.losses.T, levels=levels, cmap="viridis")
     axes.plot(0, 0, marker="+", color="white", ms=10)
     axes.figure.colorbar(contours, ax=axes, label="loss")
     axes.set(xlabel="first direction", ylabel="second direction", title=report.name)

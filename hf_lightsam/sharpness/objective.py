@@ -113,7 +113,11 @@ class Objective:
 
     def reduced(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums of tensors over all processes that have rows."""
-        return reduce(tensors, "sum") if self._distributed else tensors
+        if not self._distributed:
+            return tensors
+        flat = reduce(torch.cat([tensor.reshape(-1) for tensor in tensors.values()]), "sum")  # one message
+        parts = flat.split([tensor.numel() for tensor in tensors.values()])
+        return {name: p.view(old.shape).to(old.dtype) for p, (name, old) in zip(parts, tensors.items(), strict=True)}
 
     def _over_processes(self, total: float, items: float, rows: int) -> Sums:
         if self._distributed:
