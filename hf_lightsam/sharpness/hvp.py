@@ -25,8 +25,8 @@ class HessianOperator:
 
     over items: over rows, and over labelled tokens in a language model. In float32 (float64 models: in that), without
     dropout or mixed precision, attention by operations that can be differentiated twice. ``operator @ vector`` is a
-    Hessian-vector product by double backward, one micro-batch at a time: about the time of two gradients, and the
-    memory of one micro-batch's graph and four vectors of the size of the weights. The model is not changed.
+    Hessian-vector product by double backward, one micro-batch at a time. It takes the time of three to four gradients,
+    and the memory of one micro-batch's graph and four vectors of the size of the weights. The model is not changed.
 
     Args:
         model: A plain model, or one that Accelerate prepared on one device or for DDP.

@@ -59,7 +59,7 @@ def run(folder: Path, case: dict[str, Any]) -> Any:
     line = linear_connectivity(model, other, batches, num_points=3, compute_metrics=accuracy, **shared)
     return {
         "product": hessian @ vector,
-        "eigenvalues": hessian_eigenvalues(hessian, 1, tolerance=1e-5).values,
+        "eigenvalues": hessian_eigenvalues(hessian).values,
         "traces": {p: estimate.value for p, estimate in traces_of_powers(hessian, num_probes=1).items()},
         "mean of squares": hessian.mean_of_powers(vector, 2),
         "sharpness": [asdict(m_sharpness(model, batches, 0.3, num_steps=2, **kind, **shared)) for kind in kinds],
@@ -77,7 +77,8 @@ def train(folder: Path) -> list[dict[str, float]]:
         folder, max_steps=2, per_device_train_batch_size=8 // PartialState().num_processes, optim="sam", **options
     )
     trainer = LightSAMTrainer(make_bert(dropout=0.0), args, train_dataset=make_rows(16))
-    callback = SharpnessCallback(trainer, make_rows(7), every=1, batch_size=2, num_vectors=6, num_probes=2)
+    measures: Any = ("trace", "m_sharpness")
+    callback = SharpnessCallback(trainer, make_rows(7), measures, every=1, batch_size=4, num_probes=2)
     trainer.add_callback(callback)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "hessian_trace" in entry]
