@@ -8,7 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network, and a test
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import gc
+import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,16 @@ def _quick_collections() -> None:
     """The Trainer collects garbage in every run; what the imports made need not be looked through each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _log_levels() -> Iterator[None]:
+    """A script sets the levels of a whole process; the next test looks for what the default ones let through."""
+    loggers = [logging.getLogger(name) for name in ("hf_lightsam", "transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
