@@ -20,7 +20,8 @@ PAGES = {
     "README.md": "index.md",
     "examples/recipes/README.md": "guides/recipes.md",
     "examples/launch/README.md": "guides/launch_scripts.md",
-    "model_cards/README.md": "model_cards.md",
+    "model_cards/README.md": "model_cards/index.md",
+    **{f"model_cards/{task}.md": f"model_cards/{task}.md" for task in ("cola", "sst2", "mrpc", "stsb", "rte")},
 }
 """Files of the repository that are pages of the site, and where."""
 
