@@ -28,18 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
 from hf_lightsam import LightSAMTrainingArguments, UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.glue import preprocess
 from hf_lightsam.glue.arguments import DataArguments, ModelArguments
 from hf_lightsam.glue.dry_run import DryRunArguments, dry_run, wants_dry_run
-from hf_lightsam.glue.finetuning import build_trainer, load_model, load_tokenizer, num_positions, pick_best_by_metric
-from hf_lightsam.glue.recipe import RecipeArguments, apply_recipe, last_flags
-from hf_lightsam.glue.rows import load_requested_rows
-from hf_lightsam.glue.script import run_phases, set_up_logging
-from hf_lightsam.interruptible import resolve_checkpoint
+from hf_lightsam.glue.finetuning import build_trainer, load_model, load_tokenizer, num_positions
+from hf_lightsam.glue.recipe import RecipeArguments, apply_recipe
+from hf_lightsam.glue.script import begin, run_phases
 
 PROGRAM = "run_glue.py"
 TYPES = (ModelArguments, DataArguments, LightSAMTrainingArguments, RecipeArguments, DryRunArguments)
@@ -67,12 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return dry_run(main, line, parser)
     with report_usage_errors(PROGRAM):
         model_arguments, data_arguments, args, *_ = _parse(parser, line)
-        set_up_logging(args)
-        args.dataloader_pin_memory &= torch.accelerator.is_available()  # nothing to pin for, and a warning a run
-        checkpoint = resolve_checkpoint(str(args.output_dir), args.resume_from_checkpoint) if args.do_train else None
-        set_seed(args.seed)
-        task, raw = load_requested_rows(data_arguments, args)
-        pick_best_by_metric(args, task, last_flags(line, "metric_for_best_model")["metric_for_best_model"])
+        task, raw, checkpoint = begin(data_arguments, args, line)
         tokenizer = load_tokenizer(model_arguments)
         model = load_model(model_arguments, task, tokenizer)
         with args.main_process_first(desc="tokenizing"):

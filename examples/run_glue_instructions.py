@@ -15,13 +15,13 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
 from hf_lightsam import LightSAMTrainingArguments, UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.glue.arguments import DataArguments, ModelArguments
 from hf_lightsam.glue.dry_run import DryRunArguments, dry_run, wants_dry_run
-from hf_lightsam.glue.finetuning import load_tokenizer, pick_best_by_metric
+from hf_lightsam.glue.finetuning import load_tokenizer
 from hf_lightsam.glue.instructions import (
     InstructionArguments,
     build_instruction_trainer,
@@ -30,10 +30,8 @@ from hf_lightsam.glue.instructions import (
     load_decoder,
     observed_range,
 )
-from hf_lightsam.glue.recipe import RecipeArguments, apply_recipe, last_flags
-from hf_lightsam.glue.rows import load_requested_rows
-from hf_lightsam.glue.script import run_phases, set_up_logging
-from hf_lightsam.interruptible import resolve_checkpoint
+from hf_lightsam.glue.recipe import RecipeArguments, apply_recipe
+from hf_lightsam.glue.script import begin, run_phases
 
 PROGRAM = "run_glue_instructions.py"
 
@@ -67,14 +65,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         return dry_run(main, line, parser, is_causal=True)
     with report_usage_errors(PROGRAM):
         model_arguments, data_arguments, args, lora, *_ = parser.parse_args_into_dataclasses(line)
-        set_up_logging(args)
-        args.dataloader_pin_memory &= torch.accelerator.is_available()
         if data_arguments.pad_to_max_length:
             raise UsageError("pad_to_max_length=True: instructions are padded batch by batch; expected it left out")
-        checkpoint = resolve_checkpoint(str(args.output_dir), args.resume_from_checkpoint) if args.do_train else None
-        set_seed(args.seed)
-        task, raw = load_requested_rows(data_arguments, args)
-        pick_best_by_metric(args, task, last_flags(line, "metric_for_best_model")["metric_for_best_model"])
+        task, raw, checkpoint = begin(data_arguments, args, line)
         tokenizer = load_tokenizer(model_arguments)
         model = load_decoder(model_arguments, lora, tokenizer)
         instruction = instruction_for(task, lora.score_range or observed_range(task, raw))

@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
-from ..interruptible import train_interruptibly
+from ..interruptible import resolve_checkpoint, train_interruptibly
 from ..trainer import LightSAMTrainer
+from ..training_args import LightSAMTrainingArguments
+from .arguments import DataArguments
 from .data import HUB_DATASET
-from .finetuning import evaluate, predict
+from .finetuning import evaluate, pick_best_by_metric, predict
+from .recipe import last_flags
+from .rows import load_requested_rows
 from .tasks import GlueTask, TextTask
 
 logger = logging.getLogger(__name__)
@@ -30,6 +35,31 @@ def set_up_logging(args: TrainingArguments) -> None:
     datasets.utils.logging.set_verbosity(level)
     transformers.utils.logging.set_verbosity(level)
     transformers.utils.logging.enable_explicit_format()
+
+
+def begin(
+    data_arguments: DataArguments, args: LightSAMTrainingArguments, line: Sequence[str]
+) -> tuple[TextTask, datasets.DatasetDict, str | None]:
+    """Do what comes between a script's flags and its model: logging, seed, checkpoint, rows.
+
+    Args:
+        data_arguments: Which rows.
+        args: The Trainer's arguments; ``metric_for_best_model`` and pinned memory are set to what fits.
+        line: The flags that ``args`` were parsed from.
+
+    Returns:
+        The task, its rows, not tokenized, and the checkpoint to resume from, None to start.
+
+    Raises:
+        UsageError: If there is nothing to do, nothing to resume from, or the rows are not as they should be.
+    """
+    set_up_logging(args)
+    args.dataloader_pin_memory &= torch.accelerator.is_available()  # nothing to pin for, and a warning a run
+    checkpoint = resolve_checkpoint(str(args.output_dir), args.resume_from_checkpoint) if args.do_train else None
+    set_seed(args.seed)
+    task, rows = load_requested_rows(data_arguments, args)
+    pick_best_by_metric(args, task, last_flags(line, "metric_for_best_model")["metric_for_best_model"])
+    return task, rows, checkpoint
 
 
 def run_phases(

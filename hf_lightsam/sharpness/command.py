@@ -39,6 +39,7 @@ from ..glue.finetuning import load_model, load_tokenizer
 from ..glue.metrics import make_compute_metrics
 from ..glue.preprocessing import preprocess
 from ..glue.rows import load_requested_rows
+from ..glue.suite.rows import choose
 from ..glue.suite.store import write_atomically
 from ..glue.tasks import TASKS, TextTask
 from ..optim.validation import check_count
@@ -154,8 +155,7 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> None:
         models = {name: _load(arguments, name, task) for name in names}
         tokenizer = load_tokenizer(arguments)
         split = "train" if args.do_train else task.validation_splits[0]
-        rows = raw[split].shuffle(seed=arguments.seed)
-        rows = rows.select(range(min(arguments.num_rows, len(rows))))
+        rows = choose(raw[split], arguments.num_rows, arguments.seed)
         rows = preprocess(datasets.DatasetDict({split: rows}), task, tokenizer, arguments.max_seq_length)[split]
         batches = _batches(rows, tokenizer, arguments, args)
     try:
