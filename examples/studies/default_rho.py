@@ -1,7 +1,7 @@
 """Which radius trains, for which size of model? The measurement behind the defaults of ``LightSAM``.
 
 One pretrained encoder is made smaller and larger: ``--layers`` keeps its first layers, ``--widen`` multiplies its width
-by copying units (Net2Net, arXiv 1511.05641), which leaves the function as it was; a little noise parts the copies.
+by copying units (``encoders.py``), which leaves the function as it was.
 Each is fine-tuned with each radius, on the demo's task or on a GLUE task in local TSV files. Results are appended to a
 file, one JSON line a run; runs that are in it already are not made again.
 
@@ -16,13 +16,13 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
-from torch import Tensor, nn
+from encoders import keep_embeddings, pretrained_encoder, renumbered, used_tokens
+from torch import Tensor
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments, UsageError
+from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
 from hf_lightsam.demo.dataset import make_dataset
 from hf_lightsam.demo.encoder import packaged_encoder
 from hf_lightsam.errors import report_usage_errors
@@ -64,65 +64,13 @@ class StudyArguments:
     table: bool = field(default=False, metadata={"help": "Print the file's results as a table, and run nothing."})
 
 
-def widened(model: PreTrainedModel, factor: int, noise: float = 0.01) -> PreTrainedModel:
-    """Return a BERT of ``factor`` times the width that computes the same function, up to the noise.
-
-    Each hidden unit, head and intermediate unit is copied; weights that read from copies are divided by their number.
-    The classifier is new, as it is in the narrow model.
-
-    Args:
-        model: A ``BertForSequenceClassification``.
-        factor: Copies of each unit.
-        noise: Standard deviation of the noise on each matrix, relative to that of its weights.
-    """
-    if factor == 1:
-        return model
-    config = model.config.__class__.from_dict(model.config.to_dict())
-    for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
-        setattr(config, name, getattr(config, name) * factor)
-    wide = type(model)(config)
-    source = model.state_dict()
-    for name, target in wide.state_dict().items():
-        if name.startswith("classifier"):
-            continue
-        tensor = source[name]
-        repeats = [new // old for new, old in zip(target.shape, tensor.shape, strict=True)]
-        copied = tensor.repeat(repeats)
-        is_linear = tensor.dim() == 2 and "embeddings" not in name
-        if is_linear:
-            copied = copied / repeats[1]
-        if tensor.dim() == 2:
-            copied = copied + noise * copied.std() * torch.randn_like(copied)
-        target.copy_(copied)
-    return wide
-
-
-def make_model(arguments: StudyArguments, num_labels: int) -> PreTrainedModel:
-    """Load the packaged encoder, cut and widened."""
-    model = AutoModelForSequenceClassification.from_pretrained(packaged_encoder(), num_labels=num_labels)
-    layers: nn.ModuleList = model.bert.encoder.layer
-    if not 1 <= arguments.layers <= len(layers):
-        raise UsageError(f"layers={arguments.layers!r}: expected a whole number from 1 to {len(layers)}")
-    model.bert.encoder.layer = layers[: arguments.layers]
-    model.config.num_hidden_layers = arguments.layers
-    with torch.no_grad():
-        return widened(model, arguments.widen)
-
-
 def trimmed(
     model: PreTrainedModel, train: datasets.Dataset, evaluation: datasets.Dataset
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Keep only the embeddings of tokens that occur, in place, and return the rows with tokens numbered anew."""
-    used = sorted({token for rows in (train, evaluation) for ids in rows["input_ids"] for token in ids} | {0})
-    number = {token: index for index, token in enumerate(used)}
-    old = cast(nn.Embedding, model.get_input_embeddings()).weight
-    model.set_input_embeddings(nn.Embedding.from_pretrained(old[used].detach().clone(), freeze=False, padding_idx=0))
-    model.config.vocab_size = len(used)
-
-    def renumber(rows: datasets.Dataset) -> datasets.Dataset:
-        return rows.map(lambda row: {"input_ids": [number[token] for token in row["input_ids"]]})
-
-    return renumber(train), renumber(evaluation)
+    used = used_tokens(train, evaluation)
+    keep_embeddings(model, used)
+    return renumbered(train, used), renumbered(evaluation, used)
 
 
 def load_rows(arguments: StudyArguments, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset, Any, int]:
@@ -147,7 +95,7 @@ def run(arguments: StudyArguments, rho: float, seed: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(packaged_encoder())
     train, evaluation, compute_metrics, num_labels = load_rows(arguments, tokenizer)
     set_seed(seed)
-    model = make_model(arguments, num_labels)
+    model = pretrained_encoder(num_labels, arguments.layers, arguments.widen)
     if arguments.trim_vocabulary:
         train, evaluation = trimmed(model, train, evaluation)
     is_ours = arguments.optim in RECIPES
