@@ -96,7 +96,8 @@ def tokenizer() -> Any:
 
 
 @functools.cache
-def _raw(task_name: str, data_dir: str | None) -> tuple[GlueTask, datasets.DatasetDict]:
+def raw_rows(task_name: str, data_dir: str | None) -> tuple[GlueTask, datasets.DatasetDict]:
+    """Return a task and its splits ``train`` and the first of development rows, not tokenized."""
     if task_name == DEMO:
         return get_task("cola"), make_dataset(seed=0)
     task = get_task(task_name)
@@ -106,12 +107,14 @@ def _raw(task_name: str, data_dir: str | None) -> tuple[GlueTask, datasets.Datas
 @functools.lru_cache(maxsize=8)
 def load_rows(task_name: str, data_dir: str | None, train_rows: int, label_noise: float, seed: int) -> Rows:
     """Choose and tokenize the rows of a run; arguments as of :class:`Run` and ``load_glue``."""
-    task, raw = _raw(task_name, data_dir)
-    split = task.validation_splits[0]
+    task, raw = raw_rows(task_name, data_dir)
     train = choose(raw["train"], train_rows or None, seed)
-    if label_noise:
-        train = _with_noise(train, task, label_noise, seed)
-    rows = preprocess(datasets.DatasetDict(train=train, evaluation=raw[split]), task, tokenizer())
+    return tokenized(task, with_noise(train, task, label_noise, seed), raw[task.validation_splits[0]])
+
+
+def tokenized(task: GlueTask, train: datasets.Dataset, evaluation: datasets.Dataset) -> Rows:
+    """Tokenize the rows of a run, with the ids of those tokens that occur in them."""
+    rows = preprocess(datasets.DatasetDict(train=train, evaluation=evaluation), task, tokenizer())
     used = used_tokens(*rows.values())
     rows = datasets.DatasetDict({name: renumbered(part, used) for name, part in rows.items()})
     lengths = [len(ids) for ids in rows["evaluation"]["input_ids"]]
@@ -119,7 +122,14 @@ def load_rows(task_name: str, data_dir: str | None, train_rows: int, label_noise
     return Rows(task, rows["train"], evaluation, used)
 
 
-def _with_noise(rows: datasets.Dataset, task: GlueTask, share: float, seed: int) -> datasets.Dataset:
+def with_noise(rows: datasets.Dataset, task: GlueTask, share: float, seed: int) -> datasets.Dataset:
+    """Draw the labels of a share of the rows anew.
+
+    Raises:
+        UsageError: For noise on scores.
+    """
+    if not share:
+        return rows
     if task.is_regression:
         raise UsageError(f"label_noise={share!r}: {task.name} has scores; expected 0, or a task with classes")
     generator = np.random.default_rng(seed)
