@@ -84,6 +84,12 @@ class Problem:
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
+    def loss(self, x: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """Return f on some rows."""
+        squares = x * x
+        fit = (rows @ x - targets).square().mean() / 2.0
+        return fit + self.strength * (squares / (1.0 + squares)).sum()
+
     def gradient(self, x: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         """Return the gradient of f on some rows."""
         return rows.T @ (rows @ x - targets) / len(rows) + self.strength * 2.0 * x / (1.0 + x * x) ** 2
