@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ SCALE_LR = 5e-4
 BLOCKS = ("grid", "scales", "remedies", "safeguard", "synthetic")
 TOLERANCE = 0.01
 """One point of accuracy or correlation."""
+
+SYNTHETIC_TOLERANCE = 0.3
+"""Decades of the gradient's norm: within a factor of two."""
 
 
 @dataclass
@@ -194,6 +198,188 @@ def check(arguments: StudyArguments) -> None:
         raise UsageError(f"num_epochs={arguments.num_epochs!r}: expected a number above 0")
     if arguments.task_name not in (None, DEMO) and arguments.data_dir is None:
         raise UsageError(f"data_dir=None: task_name={arguments.task_name!r} needs GLUE's files; expected their folder")
+
+
+class Scores:
+    """The scores that results give to runs, whatever their seed.
+
+    Args:
+        results: Of runs of one kind.
+        kind: That kind: :class:`Run` or :class:`SyntheticRun`.
+        worst: Score of a run without one.
+    """
+
+    def __init__(self, results: Iterable[Result], kind: type[Any], worst: float) -> None:
+        self.kind = kind
+        self.worst = worst
+        self.results: dict[Any, list[Result]] = {}
+        for result in results:
+            self.results.setdefault(self._key(kind(**{name: result[name] for name in kind().settings()})), []).append(
+                result
+            )
+
+    @staticmethod
+    def _key(run: Any) -> Any:
+        return dataclasses.replace(run, seed=0)
+
+    def of(self, run: Any) -> list[float]:
+        """Return the scores of a run, one a seed."""
+        found = self.results.get(self._key(run), [])
+        return [self.worst if result["score"] is None else result["score"] for result in found]
+
+    def mean(self, run: Any) -> float:
+        """Return the mean over seeds; NaN if the run was not made."""
+        scores = self.of(run)
+        return statistics.fmean(scores) if scores else math.nan
+
+    def grid(self, runs: Iterable[Any]) -> Grid:
+        """Return the grid of some runs, of those that were made."""
+        return Grid({(run.rho, run.lr): self.of(run) for run in runs if self.of(run)}, self.worst)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task at a size, or the synthetic problem: what its grids share.
+
+    Attributes:
+        title: For headings.
+        base: A run with the shared settings.
+        scores: Of the runs.
+        rates: Learning rates of the grid.
+        remedy_rates: Learning rates of remedies and safeguard.
+        radii: Radii.
+        tolerance: Of "close to the best".
+    """
+
+    title: str
+    base: Any
+    scores: Scores
+    rates: Sequence[float]
+    remedy_rates: Sequence[float]
+    radii: Sequence[float]
+    tolerance: float
+
+    def grids(self) -> dict[str, Grid]:
+        """Return the grid of each method that has one."""
+        runs = list(grid_points(self.base, METHODS, self.rates, self.radii))
+        grids = {name: self.scores.grid(run for run in runs if run.optim == optim) for name, optim in METHODS.items()}
+        return {name: grid for name, grid in grids.items() if len(grid.scores) > 1}
+
+    def remedies(self) -> list[str]:
+        """Return the table of remedies: score by radius, at each learning rate."""
+        lines: list[str] = []
+        for lr in self.remedy_rates:
+            runs = list(remedy_points(self.base, [lr], self.radii))
+            rows = [runs[start : start + len(self.radii)] for start in range(0, len(runs), len(self.radii))]
+            lines += self._by_radius(f"LightSAM-III, lr {lr:g}", dict(zip(REMEDIES, rows, strict=True)))
+        return lines
+
+    def safeguard(self) -> list[str]:
+        """Return the table of all methods with and without the adaptive radius, by radius."""
+        lines: list[str] = []
+        for lr in self.remedy_rates:
+            rows: dict[str, list[Any]] = {}
+            for name, optim in METHODS.items():
+                if has_radius(optim):
+                    rows[name] = list(grid_points(self.base, [name], [lr], self.radii))
+                    rows[f"{name}, {SAFEGUARD}"] = list(safeguard_points(self.base, [name], [lr], self.radii))
+            lines += self._by_radius(f"lr {lr:g}", rows)
+        return lines
+
+    def _by_radius(self, title: str, rows: Mapping[str, Sequence[Any]]) -> list[str]:
+        return by_radius(title, {name: (runs, self.scores) for name, runs in rows.items()})
+
+
+def by_radius(title: str, rows: Mapping[str, tuple[Sequence[Any], Scores]]) -> list[str]:
+    """Return a table with a line for each name and a column for each radius; lines without a result are left out."""
+    lines: list[str] = []
+    for name, (runs, scores) in rows.items():
+        means = [scores.mean(run) for run in runs]
+        if any(not math.isnan(mean) for mean in means):
+            seeds = max(len(scores.of(run)) for run in runs)
+            cells = ["" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
+            if not lines:
+                radii = [f"rho {run.rho:g}" for run in runs]
+                lines = [f"| {title} | seeds | " + " | ".join(radii) + " |", "|" + "---|" * (len(radii) + 2)]
+            lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
+    return [*lines, ""] if lines else []
+
+
+def problems(folder: Path) -> list[Problem]:
+    """Return the problems of which a folder has results."""
+    found = []
+    real = read(folder / REAL)
+    names = ("task", "train_rows", "layers", "num_epochs", "widen")
+    scores = Scores(real, Run, worst=0.0)
+    for shared in dict.fromkeys(tuple(result[name] for name in names) for result in real):
+        base = Run(**dict(zip(names, shared, strict=True)))
+        parameters = next(r["parameters"] for r in real if all(r[n] == v for n, v in zip(names, shared, strict=True)))
+        title = f"{base.task}, {base.train_rows or 'all'} rows, {parameters / 1e6:.1f}M weights"
+        found.append(Problem(title, base, scores, LR, REMEDY_LR, RHO, TOLERANCE))
+    easy = Scores(read(folder / SYNTHETIC), SyntheticRun, worst=WORST)
+    if easy.results:
+        options = (SYNTHETIC_LR, SYNTHETIC_REMEDY_LR, SYNTHETIC_RHO, SYNTHETIC_TOLERANCE)
+        found.append(Problem("synthetic problem", SyntheticRun(), easy, *options))
+    return found
+
+
+def scales(folder: Path) -> list[str]:
+    """Return the tables of both units of the radius, over sizes of model, by task."""
+    real = read(folder / REAL)
+    scores = Scores(real, Run, worst=0.0)
+    lines: list[str] = []
+    for task, train_rows, num_epochs in dict.fromkeys((r["task"], r["train_rows"], r["num_epochs"]) for r in real):
+        runs = list(scale_points(Run(task=task, train_rows=train_rows, num_epochs=num_epochs)))
+        for index, name in enumerate(SCALES):
+            rows = {}
+            for size_index, size in enumerate(SIZES):
+                start = (size_index * len(SCALES) + index) * len(RHO)
+                part = runs[start : start + len(RHO)]
+                made = next((r for run in part for r in scores.results.get(dataclasses.replace(run, seed=0), [])), None)
+                if made is not None:
+                    described = ", ".join(f"{key} {value}" for key, value in size.items())
+                    rows[f"{described} ({made['parameters'] / 1e6:.1f}M weights)"] = (part, scores)
+            lines += by_radius(f"{task}, {train_rows} rows, lr {SCALE_LR:g}: {name}", rows)
+    return lines
+
+
+def report(folder: Path) -> str:
+    """Return all tables of the results in a folder, and draw the pictures beside them.
+
+    Raises:
+        UsageError: If there are none.
+    """
+    found = problems(folder)
+    if not found:
+        raise UsageError(f"results_dir={str(folder)!r}: expected a folder that holds {REAL} or {SYNTHETIC}")
+    lines: list[str] = []
+    for problem in found:
+        grids = problem.grids()
+        if grids:
+            lines += [f"## {problem.title}", ""]
+            defaults: dict[str, Point] = {
+                name: (DEFAULT_RHO if has_radius(METHODS[name]) else None, DEFAULT_LR) for name in grids
+            }
+            lines += [summary(grids, defaults, problem.tolerance), ""]
+            for name, grid in grids.items():
+                lines += [f"### {name}", "", table(grid), ""]
+        for title, rows in (("Remedies", problem.remedies()), ("Safeguard", problem.safeguard())):
+            if rows:
+                lines += [f"### {title}: {problem.title}", "", *rows]
+    units = scales(folder)
+    if units:
+        lines += ["## Units of the radius", "", *units]
+    for name, is_synthetic in ((REAL, False), (SYNTHETIC, True)):
+        results = read(folder / name)
+        if results:
+            seconds = sum(result["seconds"] for result in results)
+            lines.append(f"{name}: {len(results)} runs, {seconds / 3600:.1f} hours of training in all.")
+        rows_of_grids = {p.title: p.grids() for p in found if isinstance(p.base, SyntheticRun) == is_synthetic}
+        rows_of_grids = {title: grids for title, grids in rows_of_grids.items() if grids}
+        if rows_of_grids:
+            label = "decades that the gradient's norm fell" if is_synthetic else "score"
+            draw(rows_of_grids, (folder / name).with_suffix(".png"), label)
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

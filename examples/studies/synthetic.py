@@ -45,7 +45,7 @@ def make_optimizer(run: SyntheticRun, weights: Tensor) -> torch.optim.Optimizer:
     if not has_radius(run.optim):
         return torch.optim.AdamW([weights], lr=run.lr, weight_decay=0.0, fused=True)
     recipe = get_recipe(run.optim)
-    options = {**recipe.parse(run.optim_args), "rho": run.rho}
+    options = recipe.parse(run.optim_args) | ({} if run.rho is None else {"rho": run.rho})
     return recipe.optimizer([weights], **recipe.arguments(run.lr, options))
 
 
