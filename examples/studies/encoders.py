@@ -1,4 +1,4 @@
-"""The encoders of the studies: a pretrained one made smaller or larger, and its vocabulary cut to what occurs."""
+"""The encoders of the studies: a pretrained one made smaller or larger, its vocabulary cut, and one from scratch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import cast
 import datasets
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from hf_lightsam import UsageError
 from hf_lightsam.demo.encoder import packaged_encoder
@@ -65,6 +65,35 @@ def widened(model: PreTrainedModel, factor: int, noise: float = 0.01) -> PreTrai
             copied = copied + noise * copied.std() * torch.randn_like(copied)
         target.copy_(copied)
     return wide
+
+
+def scratch_encoder(num_labels: int, width: int, layers: int, vocab_size: int, max_length: int) -> PreTrainedModel:
+    """Return a BERT with random weights: heads of 32 (one of 16 at that width), intermediate layers of 4 widths.
+
+    Args:
+        num_labels: Outputs of the classifier; 1 for a regression.
+        width: Of hidden states and embeddings: 16, or a multiple of 32.
+        layers: How many.
+        vocab_size: Number of token ids; 0 is padding.
+        max_length: Tokens of the longest row.
+
+    Raises:
+        UsageError: For another width, or no layer.
+    """
+    if width != 16 and (width < 32 or width % 32):
+        raise UsageError(f"width={width!r}: expected 16 or a multiple of 32")
+    if layers < 1:
+        raise UsageError(f"layers={layers!r}: expected at least 1")
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 32),
+        intermediate_size=4 * width,
+        max_position_embeddings=max_length,
+    )
+    config.num_labels = num_labels
+    return BertForSequenceClassification(config)
 
 
 def used_tokens(*parts: datasets.Dataset) -> list[int]:

@@ -1,0 +1,400 @@
+"""Does the gain of SAM and LightSAM over AdamW grow with the model? The protocol of Shin et al. (arXiv 2311.17539).
+
+Each part changes one thing and leaves the rest:
+
+- ``layers``: the packaged encoder cut to its first layers;
+- ``width``: of a 2-layer Transformer from scratch, on more rows, as it needs them;
+- ``label_noise``: symmetric noise on its training labels (development labels are true). Not on those of the packaged
+  encoder: with 60 % noise on 1,000 rows it stays at chance;
+- ``snip``, ``random``: its sparsity at initialisation; see ``masks.py``;
+- ``weight_decay``: decoupled, so all in all it shrinks weights by about ``lr * weight_decay`` times half the steps;
+- ``hessian``: Transformers from scratch again, and the Hessian of the training loss where they end.
+
+All methods have the same learning rate, and SAM and LightSAM-Adam the same radius: none is tuned. Runs that the result
+file lacks are run and appended; ``--table`` runs nothing.
+
+    python examples/studies/overparameterization.py --data_dir glue
+    python examples/studies/overparameterization.py --table
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from encoders import scratch_encoder
+from finetuning import DEMO, Rows, Run, load_rows, make_model, make_trainer, outcome, quiet
+from masks import hold_at_zero, make_mask, maskable
+from record import Result, read, run_missing
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
+
+from hf_lightsam import LightSAMTrainer, UsageError
+from hf_lightsam.errors import report_usage_errors
+from hf_lightsam.glue.suite.statistics import Summary, summarize
+from hf_lightsam.plots import new_figure
+from hf_lightsam.sharpness import HessianOperator, hessian_eigenvalues, hessian_moments
+
+RESULTS = Path(__file__).parent / "results" / "overparameterization.jsonl"
+
+METHODS: dict[str, dict[str, Any]] = {
+    "AdamW": {"optim": "adamw_torch_fused", "rho": None},
+    "SAM": {"optim": "sam", "rho": 0.05},
+    "LightSAM-Adam": {"optim": "lightsam_adam", "rho": 0.05},
+}
+BASELINE = "AdamW"
+ORDERS = (2, 3, 4)
+"""Of the Hessian moments."""
+LAMBDA_MAX_ROWS = 64
+"""For the largest eigenvalue of the Hessian."""
+
+
+@dataclass(frozen=True)
+class Cell(Run):
+    """A run of this study.
+
+    Attributes:
+        width: Of a Transformer from scratch with ``layers`` layers; 0: the packaged encoder.
+        mask: ``random`` or ``snip``, for a ``sparsity`` above 0; see ``masks.py``.
+        sparsity: Share of the encoder's matrices that is zero from the start.
+        hessian_rows: Measure the Hessian moments of the trained model on so many training rows, and the largest
+            eigenvalue on 64; 0: neither.
+    """
+
+    width: int = 0
+    mask: str = ""
+    sparsity: float = 0.0
+    hessian_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that changes.
+
+    Attributes:
+        title: Of its table and panel.
+        axis: What changes.
+        levels: Settings of a :class:`Cell`, without those of the method and the seed, by their label.
+    """
+
+    title: str
+    axis: str
+    levels: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class StudyArguments:
+    """What to run."""
+
+    task: str | None = field(default=None, metadata={"help": "A GLUE task, or demo. Default: sst2, demo without data."})
+    data_dir: str | None = field(default=None, metadata={"help": "GLUE's TSV files."})
+    parts: list[str] = field(
+        default_factory=lambda: list(PARTS),
+        metadata={"help": "Parts to run, in this order."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
+    layers: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 6], metadata={"help": "Levels of that part."})
+    widths: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256], metadata={"help": "Levels of width."})
+    label_noise: list[float] = field(
+        default_factory=lambda: [0.0, 0.2, 0.4, 0.6], metadata={"help": "Levels of that part."}
+    )
+    sparsity: list[float] = field(
+        default_factory=lambda: [0.0, 0.5, 0.8, 0.9, 0.95], metadata={"help": "Levels of random and snip."}
+    )
+    weight_decay: list[float] = field(
+        default_factory=lambda: [0.0, 0.01, 0.1, 1.0], metadata={"help": "Levels of that part."}
+    )
+    lr: float = field(default=3e-4, metadata={"help": "Peak learning rate of the packaged encoder."})
+    train_rows: int = field(default=1000, metadata={"help": "Training rows of the packaged encoder; 0: all."})
+    scratch_lr: float = field(default=1e-3, metadata={"help": "Peak learning rate from scratch."})
+    scratch_rows: int = field(default=8000, metadata={"help": "Training rows from scratch; 0: all."})
+    scratch_width: int = field(default=64, metadata={"help": "Width under noise, sparsity and weight decay."})
+    hessian_widths: list[int] = field(default_factory=lambda: [16, 64], metadata={"help": "Levels of hessian."})
+    hessian_rows: int = field(default=8, metadata={"help": "Training rows for the Hessian moments."})
+    results: str = field(default=str(RESULTS), metadata={"help": "File that results are appended to."})
+    num_processes: int = field(default=1, metadata={"help": "Runs side by side."})
+    table: bool = field(default=False, metadata={"help": "Print tables and draw from the results, and run nothing."})
+
+    def __post_init__(self) -> None:
+        if self.task is None and not self.table:
+            self.task = "sst2" if self.data_dir else DEMO
+        for name in self.parts:
+            if name not in PARTS:
+                raise UsageError(f"parts={name!r}: expected some of {', '.join(PARTS)}")
+        for name, low, high in (("label_noise", 0.0, 1.0), ("sparsity", 0.0, 0.999), ("weight_decay", 0.0, 100.0)):
+            for value in getattr(self, name):
+                if not low <= value <= high:
+                    raise UsageError(f"{name}={value!r}: expected numbers from {low:g} to {high:g}")
+        for name in ("layers", "widths", "hessian_widths", "hessian_rows"):
+            values = getattr(self, name)
+            for value in values if isinstance(values, list) else [values]:
+                if value < 1:
+                    raise UsageError(f"{name}={value!r}: expected whole numbers above 0")
+        for name in ("train_rows", "scratch_rows"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}={getattr(self, name)!r}: expected at least 0")
+
+
+PARTS = {
+    "width": ("from scratch, 2 layers", "width"),
+    "label_noise": ("from scratch", "label noise"),
+    "snip": ("from scratch, SNIP mask", "sparsity"),
+    "layers": ("packaged encoder", "layers"),
+    "weight_decay": ("from scratch", "weight decay"),
+    "random": ("from scratch, random mask", "sparsity"),
+    "hessian": ("from scratch, 2 layers, Hessian measured", "width"),
+}
+"""Title and axis of the parts."""
+
+
+def make_parts(arguments: StudyArguments, task: str) -> dict[str, Part]:
+    """Return the parts, in the order in which they were asked for."""
+    pretrained = {"task": task, "train_rows": arguments.train_rows, "lr": arguments.lr}
+    scratch = {"task": task, "train_rows": arguments.scratch_rows, "lr": arguments.scratch_lr, "batch_size": 64}
+
+    def from_scratch(width: int = arguments.scratch_width, **settings: Any) -> dict[str, Any]:
+        return {**scratch, "layers": 2, "width": width, **settings}
+
+    def changed(name: str, value: float, **others: Any) -> dict[str, Any]:
+        return from_scratch(**{name: value}, **others) if value else from_scratch()
+
+    levels: dict[str, dict[str, dict[str, Any]]] = {
+        "layers": {str(layers): {**pretrained, "layers": layers} for layers in arguments.layers},
+        "width": {str(width): from_scratch(width) for width in arguments.widths},
+        "label_noise": {f"{share:.0%}": changed("label_noise", share) for share in arguments.label_noise},
+        "snip": {f"{share:.0%}": changed("sparsity", share, mask="snip") for share in arguments.sparsity},
+        "random": {f"{share:.0%}": changed("sparsity", share, mask="random") for share in arguments.sparsity},
+        "weight_decay": {f"{decay:g}": changed("weight_decay", decay) for decay in arguments.weight_decay},
+        "hessian": {
+            str(width): from_scratch(width, hessian_rows=arguments.hessian_rows) for width in arguments.hessian_widths
+        },
+    }
+    return {name: Part(*PARTS[name], levels[name]) for name in arguments.parts}
+
+
+def cells(parts: Mapping[str, Part], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield the settings of all runs: part by part, all seeds of one before the next."""
+    for part in parts.values():
+        for seed in seeds:
+            for level in part.levels.values():
+                for method in METHODS.values():
+                    yield Cell(**level, **method, seed=seed).settings()
+
+
+def run_cell(settings: Mapping[str, Any], data_dir: str | None = None) -> Result:
+    """Train once.
+
+    Args:
+        settings: Of a :class:`Cell`, by name.
+        data_dir: As for :func:`~hf_lightsam.glue.load_glue`.
+
+    Returns:
+        What ``finetuning.fine_tune`` returns; ``zeros``, the share of the maskable weights that are zero at the end;
+        ``lambda_max``, ``s_2``, ``s_3`` and ``s_4`` where they are measured, and ``hessian_seconds``.
+    """
+    quiet()
+    cell = Cell(**settings)
+    rows = load_rows(cell.task, data_dir, cell.train_rows, cell.label_noise, cell.seed)
+    model = _make_model(cell, rows)
+    trainer = make_trainer(cell, rows, model)
+    if cell.sparsity:
+        mask = make_mask(model, cell.mask, cell.sparsity, cell.seed, _batch(trainer, rows, 64))
+        hold_at_zero(list(maskable(model).values()), mask)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    weights = list(maskable(model).values())
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    result = {**cell.settings(), **outcome(trainer, rows.task), "seconds": round(seconds, 1), "zeros": zeros}
+    return {**result, **_hessian(cell, trainer, rows)}
+
+
+def _make_model(cell: Cell, rows: Rows) -> PreTrainedModel:
+    if not cell.width:
+        return make_model(cell, rows)
+    set_seed(cell.seed)
+    longest = max(len(ids) for part in (rows.train, rows.evaluation) for ids in part["input_ids"])
+    return scratch_encoder(rows.task.num_labels, cell.width, cell.layers, len(rows.used), longest)
+
+
+def _batch(trainer: LightSAMTrainer, rows: Rows, size: int) -> dict[str, torch.Tensor]:
+    """Return the first training rows in one batch."""
+    first = rows.train.select(range(min(size, len(rows.train))))
+    loader: Any = trainer.get_eval_dataloader(first)
+    return dict(loader.collate_fn([loader.dataset[index] for index in range(len(first))]))
+
+
+def _hessian(cell: Cell, trainer: LightSAMTrainer, rows: Rows) -> Result:
+    if not cell.hessian_rows:
+        return {}
+    start = time.perf_counter()
+    model: Any = trainer.model
+    largest = hessian_eigenvalues(
+        HessianOperator(model, [_batch(trainer, rows, LAMBDA_MAX_ROWS)]), tolerance=1e-2, max_products=40
+    )
+    few = HessianOperator(model, [_batch(trainer, rows, cell.hessian_rows)])
+    moments = hessian_moments(few, ORDERS, tolerance=2e-2, max_products=20)
+    return {
+        "lambda_max": largest.values[0] if largest.values else None,
+        **{f"s_{order}": moment.value for order, moment in moments.items()},
+        "hessian_seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def found(results: Sequence[Result], level: Mapping[str, Any]) -> dict[str, dict[int, Result]]:
+    """Return the results of a level by method and seed, whatever their seeds."""
+    by_method: dict[str, dict[int, Result]] = {}
+    for name, method in METHODS.items():
+        wanted = {key: value for key, value in Cell(**level, **method).settings().items() if key != "seed"}
+        by_method[name] = {
+            result["seed"]: result
+            for result in results
+            if all(result.get(key) == value for key, value in wanted.items())
+        }
+    return by_method
+
+
+def gains(by_method: Mapping[str, Mapping[int, Result]]) -> dict[str, Summary]:
+    """Return the summary of each method that has results, with its differences to the baseline by seed."""
+    scores = {
+        name: {seed: result["score"] for seed, result in by_seed.items() if result["score"] is not None}
+        for name, by_seed in by_method.items()
+    }
+    return {name: summarize(own, None if name == BASELINE else scores[BASELINE]) for name, own in scores.items() if own}
+
+
+def table(part: Part, results: Sequence[Result]) -> str:
+    """Return a part's scores and gains in Markdown, in points (hundredths), one line a level; empty without any."""
+    others = [name for name in METHODS if name != BASELINE]
+    head = [part.axis, "weights", "seeds", f"{BASELINE}: score", *(f"{name}: gain" for name in others)]
+    head += [f"{name}: loss, train / dev" for name in METHODS]
+    lines = []
+    for label, level in part.levels.items():
+        by_method = found(results, level)
+        summaries = gains(by_method)
+        if BASELINE not in summaries:
+            continue
+        weights = next(iter(by_method[BASELINE].values()))["parameters"]
+        cells = [label, f"{weights / 1e6:.3g}M", str(len(summaries[BASELINE].scores))]
+        cells.append(f"{100 * summaries[BASELINE].mean:.1f}")
+        cells += [_gain(summaries.get(name)) for name in others]
+        cells += [f"{_mean(by_method[name], 'train_loss')} / {_mean(by_method[name], 'eval_loss')}" for name in METHODS]
+        lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return ""
+    return "\n".join(
+        [f"### {part.title}: {part.axis}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]
+    )
+
+
+def _gain(summary: Summary | None) -> str:
+    if summary is None or not summary.differences:
+        return ""
+    low, high = summary.interval()
+    interval = "" if math.isnan(low) else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * summary.difference:+.1f}{interval}"
+
+
+def _mean(by_seed: Mapping[int, Result], name: str, digits: int = 2) -> str:
+    values = [result[name] for result in by_seed.values() if result.get(name) is not None]
+    return f"{statistics.fmean(values):.{digits}f}" if values else ""
+
+
+def hessian_table(parts: Mapping[str, Part], results: Sequence[Result]) -> str:
+    """Return, in Markdown, the means over seeds of what was measured of the Hessian; empty if nothing was."""
+    names = ("lambda_max", *(f"s_{order}" for order in ORDERS))
+    lines = []
+    for label, level in parts["hessian"].levels.items() if "hessian" in parts else ():
+        for method, by_seed in found(results, level).items():
+            measured = {seed: result for seed, result in by_seed.items() if "s_2" in result}
+            if measured:
+                values = [_mean(measured, name) for name in names]
+                lines.append("| " + " | ".join([label, method, str(len(measured)), *values]) + " |")
+    if not lines:
+        return ""
+    head = ["width", "method", "seeds", *names]
+    title = "### Transformer from scratch: the Hessian of the training loss at the end"
+    return "\n".join([title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+
+
+def draw(parts: Mapping[str, Part], results: Sequence[Result], path: Path) -> None:
+    """Draw a panel for each part that has results: the gains over the baseline, with their intervals."""
+    shown = [part for name, part in parts.items() if name != "hessian" and table(part, results)]
+    if not shown:
+        return
+    columns = min(3, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    figure = new_figure(3.6 * columns, 2.9 * lines)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    others = [name for name in METHODS if name != BASELINE]
+    for panel, part in zip(panels, shown, strict=False):
+        panel.axhline(0.0, color="0.6", linewidth=0.8)
+        for index, name in enumerate(others):
+            places, means, below, above = [], [], [], []
+            for place, level in enumerate(part.levels.values()):
+                summary = gains(found(results, level)).get(name)
+                if summary is None or not summary.differences:
+                    continue
+                low, high = summary.interval()
+                mean = summary.difference
+                places.append(place + 0.12 * (index - 0.5))
+                means.append(100 * mean)
+                below.append(0.0 if math.isnan(low) else 100 * (mean - low))
+                above.append(0.0 if math.isnan(high) else 100 * (high - mean))
+            panel.errorbar(places, means, yerr=[below, above], marker="o", markersize=4, capsize=3, label=name)
+        panel.set_xticks(range(len(part.levels)), list(part.levels))
+        panel.set_xlabel(part.axis)
+        panel.set_title(part.title, fontsize=9)
+    for panel in panels:
+        panel.set_axis_off()
+    first = figure.axes[0]
+    first.legend(fontsize=8)
+    figure.supylabel(f"gain over {BASELINE}, points")
+    figure.savefig(path, dpi=130)
+
+
+def report(arguments: StudyArguments, results: Sequence[Result]) -> str:
+    """Return all tables in Markdown, and draw a picture for each task beside the results.
+
+    Raises:
+        UsageError: If no result is of a run that the arguments name.
+    """
+    texts = []
+    for task in [arguments.task] if arguments.task else sorted({result["task"] for result in results}):
+        parts = make_parts(arguments, task)
+        tables = [
+            text for text in (*(table(part, results) for part in parts.values()), hessian_table(parts, results)) if text
+        ]
+        if not tables:
+            continue
+        of_task = [result for result in results if result["task"] == task]
+        seconds = sum(result["seconds"] + result.get("hessian_seconds", 0.0) for result in of_task)
+        texts += [f"## {task}: {len(of_task)} runs, {seconds / 60:.0f} minutes", *tables]
+        path = Path(arguments.results)
+        draw(parts, results, path.with_name(f"{path.stem}_{task}.png"))
+    if not texts:
+        raise UsageError(f"results={arguments.results!r}: expected a file that holds runs of these settings")
+    return "\n\n".join(texts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what the flags ask for."""
+    with report_usage_errors("overparameterization.py"):
+        (arguments,) = HfArgumentParser(StudyArguments, description=__doc__).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+        if arguments.table:
+            results = read(arguments.results)
+        else:
+            points = list(cells(make_parts(arguments, arguments.task), arguments.seeds))
+            function = functools.partial(run_cell, data_dir=arguments.data_dir)
+            results = run_missing(points, function, arguments.results, arguments.num_processes)
+        print(report(arguments, results))
+
+
+if __name__ == "__main__":
+    main()
