@@ -82,8 +82,9 @@ OPTIM_ARGS = {"lets_sam": "rho_update_steps=4,rho_lr=0.05"}
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates to choose from: as many for each method."""
 
-RATE_FACTORS = {"lightsam_adagrad": 10.0}
-"""On :data:`RATES`: II has no decay in its sum of squares, so its steps shrink as 1 / sqrt(t)."""
+RATE_FACTORS = {"lightsam_adagrad": 10.0, "adasam": 0.3, "lightsam_adam": 0.3}
+"""On :data:`RATES`: II never forgets a gradient, so its steps shrink as 1 / sqrt(t); AdaSAM and III have no bias
+correction, so their first steps are three times as long."""
 
 RATE_OF = {"lets_sam": "sam"}
 """Methods that take another's learning rate."""
@@ -125,7 +126,7 @@ class StudyArguments:
     )
     radii_rows: int = field(default=300, metadata={"help": "Training rows of the runs with these radii."})
     search_rates: list[float] = field(
-        default_factory=lambda: list(RATES), metadata={"help": "Learning rates to choose from (of II 10 times these)."}
+        default_factory=lambda: list(RATES), metadata={"help": "Learning rates to choose from, times RATE_FACTORS."}
     )
     search_rows: int = field(default=300, metadata={"help": "Training rows of the runs that choose."})
     num_steps: int = field(default=126, metadata={"help": "Steps of each run, of 16 rows."})
@@ -235,7 +236,7 @@ def search_points(task: str, arguments: StudyArguments) -> Iterator[Result]:
     cell = Cell(arguments.layers, 0.0, arguments.search_rows)
     searched = dict.fromkeys(RATE_OF.get(optim, optim) for optim in arguments.optim)
     for seed, optim, rate in itertools.product(SEARCH_SEEDS, searched, arguments.search_rates):
-        lr = rate * RATE_FACTORS.get(optim, 1.0)
+        lr = float(f"{rate * RATE_FACTORS.get(optim, 1.0):.6g}")
         yield point(task, cell, optim, lr, seed, HELD, arguments.num_steps, RHO)
 
 
@@ -462,7 +463,8 @@ def paired_differences(grouped: Grouped) -> list[tuple[Cell, str, float, float]]
                 other = baseline.get(seed)
                 if optim == BASELINE or other is None or None in (run["flatness"], other["flatness"]):
                     continue
-                found.append((cell, optim, run["flatness"] - other["flatness"], score(run) - score(other)))
+                points = round(score(run) - score(other), 6)  # ranks heed rounding errors
+                found.append((cell, optim, run["flatness"] - other["flatness"], points))
     return found
 
 
