@@ -1,8 +1,8 @@
-"""How much does it matter which radius and learning rate one starts with? Grids over three decades and more of both.
+r"""How much does it matter which radius and learning rate one starts with? Grids over three decades and more of both.
 
-AdamW (learning rate only), SAM and AdaSAM, and LightSAM's three forms fine-tune the packaged encoder, cut to two
-layers, at every point of one grid, the same for all: around the defaults (``lr`` 5e-5, ``rho`` 0.05), two decades of
-``lr`` up and one down in half decades, two decades of ``rho`` up and down. The blocks:
+AdamW (learning rate only), SAM and AdaSAM, and LightSAM's three forms fine-tune the packaged encoder at every point of
+one grid, the same for all: around the defaults (``lr`` 5e-5, ``rho`` 0.05), two decades of ``lr`` up and one down in
+half decades, two decades of ``rho`` up and down. The blocks:
 
     grid       the grid
     scales     form III with rho a length for each weight (``rho_scale="coordinate"``, the paper's letter) and for all
@@ -14,7 +14,8 @@ layers, at every point of one grid, the same for all: around the defaults (``lr`
 Results are added to a file, a line a run; runs that are in it are not made again, so kill it when you like. The first
 command runs what is missing of a block, the second prints the tables and draws the pictures of what is there:
 
-    python examples/studies/sensitivity.py --block grid --task_name sst2 --data_dir path/to/glue --seeds 0 1 2
+    python examples/studies/sensitivity.py --block grid --task_name sst2 --data_dir glue \
+        --lr 5e-6 5e-5 5e-4 5e-3 --rho 5e-4 5e-3 5e-2 0.5
     python examples/studies/sensitivity.py --table
 
 Without ``--data_dir`` the task is the demo's, whose rows are made by a program.
@@ -98,8 +99,10 @@ class StudyArguments:
     task_name: str | None = field(default=None, metadata={"help": "demo, or a GLUE task (with --data_dir)."})
     data_dir: str | None = field(default=None, metadata={"help": "GLUE's TSV files."})
     train_rows: int = field(default=1000, metadata={"help": "Training rows, drawn by the seed; 0: all."})
-    layers: int = field(default=2, metadata={"help": "Layers of the encoder, for the grid and the remedies."})
+    layers: int = field(default=6, metadata={"help": "Layers of the encoder (of the block scales: its own)."})
     num_epochs: float = field(default=2.0, metadata={"help": "Passes over the training rows."})
+    lr: list[float] = field(default_factory=lambda: list(LR), metadata={"help": "Learning rates of the grid."})
+    rho: list[float] = field(default_factory=lambda: list(RHO), metadata={"help": "Radii of the grid."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods of the grid."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds."})
     num_processes: int = field(default=1, metadata={"help": "Runs side by side, one thread each."})
@@ -169,7 +172,7 @@ def points(arguments: StudyArguments, block: str) -> list[Any]:
             seed=seed,
         )
         if block == "grid":
-            found += grid_points(base, arguments.methods, LR, RHO)
+            found += grid_points(base, arguments.methods, arguments.lr, arguments.rho)
         elif block == "remedies":
             found += remedy_points(base, REMEDY_LR, RHO)
         elif block == "safeguard":
@@ -189,6 +192,10 @@ def check(arguments: StudyArguments) -> None:
         for value in getattr(arguments, name):
             if value not in accepted:
                 raise UsageError(f"{name}={value!r}: expected some of {', '.join(accepted)}")
+    for name, allowed in (("lr", LR), ("rho", RHO)):
+        for value in getattr(arguments, name):
+            if value not in allowed:
+                raise UsageError(f"{name}={value!r}: expected some of the grid's {', '.join(map(str, allowed))}")
     for name in ("num_processes", "layers"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"{name}={getattr(arguments, name)!r}: expected at least 1")
@@ -396,6 +403,7 @@ def main(argv: list[str] | None = None) -> None:
                 run_missing(
                     [run.settings() for run in points(arguments, block)], function, path, arguments.num_processes
                 )
+        print(report(folder))
 
 
 if __name__ == "__main__":

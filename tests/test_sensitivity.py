@@ -1,0 +1,260 @@
+"""The sensitivity study: its record can be killed, its summaries have known answers, its blocks run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+STUDIES = Path(__file__).parents[1] / "examples" / "studies"
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(STUDIES))
+
+
+def double(point: Mapping[str, Any]) -> dict[str, Any]:
+    if point["x"] == 13:
+        raise RuntimeError("13")
+    return {**point, "y": 2.0 * point["x"] if point["x"] else math.nan}
+
+
+# ---- The record ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_only_missing_points_run(tmp_path: Path, num_processes: int) -> None:
+    import record
+
+    path = tmp_path / "a" / "r.jsonl"
+    record.append(path, {"x": 2, "y": 99.0})
+    found = record.run_missing([{"x": 0}, {"x": 2}, {"x": 3}, {"x": 3}], double, path, num_processes)
+    assert found[0] == {"x": 2, "y": 99.0}
+    assert sorted(found[1:], key=lambda r: r["x"]) == [{"x": 0, "y": None}, {"x": 3, "y": 6.0}]
+    assert record.read(path) == found
+
+
+def test_what_was_done_before_a_failure_stays(tmp_path: Path) -> None:
+    import record
+
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(RuntimeError, match="13"):
+        record.run_missing([{"x": 1}, {"x": 13}, {"x": 2}], double, path)
+    assert record.read(path) == [{"x": 1, "y": 2.0}]
+
+
+@pytest.mark.parametrize("rest", ["", '{"x": 7, "y"', '{"x": 7, "y": 14.0}'])
+def test_an_unfinished_line_is_dropped_and_no_other(tmp_path: Path, rest: str) -> None:
+    import record
+
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"x": 1, "y": 2.0}\n' + rest)
+    record.append(path, {"x": 2, "y": 4.0})
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["x"] for line in lines] == [1, 2]
+    path.write_text(rest)
+    record.append(path, {"x": 2, "y": 4.0})
+    assert [json.loads(line)["x"] for line in path.read_text().splitlines()] == [2]
+
+
+def test_a_broken_file_is_told(tmp_path: Path) -> None:
+    import record
+
+    from hf_lightsam import UsageError
+
+    (tmp_path / "r.jsonl").write_text('{"x": 1}\nnonsense\n{"x": 2}\n')
+    with pytest.raises(UsageError, match="line 2 is not JSON"):
+        record.read(tmp_path / "r.jsonl")
+    with pytest.raises(UsageError, match="num_processes=0"):
+        record.run_missing([], double, tmp_path / "none.jsonl", 0)
+
+
+# ---- Summaries ----------------------------------------------------------------------------------------------------
+
+
+def test_summary_of_a_grid_with_a_known_answer() -> None:
+    from grids import Grid, summary, table
+
+    flat = Grid.of([{"rho": None, "lr": lr, "score": s} for lr, s in ((0.1, 0.8), (0.01, 0.795), (0.001, None))], 0.5)
+    assert flat.best == (None, 0.1)
+    assert flat.median == 0.795
+    assert flat.share_within(0.01) == pytest.approx(2 / 3)
+    assert flat.share_within(0.01, of=0.9) == 0.0
+    assert flat.regret((None, 0.001)) == pytest.approx(0.3)
+    assert math.isnan(flat.regret((None, 0.2)))
+    two_seeds = Grid.of([{"rho": 0.05, "lr": 0.1, "score": s} for s in (0.7, 0.9)], 0.5)
+    assert two_seeds.means == {(0.05, 0.1): pytest.approx(0.8)}
+    text = summary({"flat": flat, "other": two_seeds}, {"flat": (None, 0.01), "other": (0.05, 0.2)}, 0.01)
+    assert "| flat | 3 x 1 | 0.800 | -, 0.1 | 0.795 | 67% | 67% | 0.795 at -, 0.01 | 0.005 |" in text
+    assert "| other | 1 x 2 | 0.800 | 0.05, 0.1 | 0.800 | 100% | 100% | not run |  |" in text
+    assert "| none | 0.500 | 0.795 | 0.800 |" in table(flat)
+
+
+def test_heatmaps_are_drawn_with_one_scale(tmp_path: Path) -> None:
+    from grids import Grid, draw
+
+    grids = {"a": Grid({(None, 0.1): [0.5]}), "b": Grid({(0.05, 0.1): [0.7], (0.5, 1.0): [0.1]})}
+    draw({"first": grids, "second": {"b": grids["b"]}}, tmp_path / "g.png", "score")
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- The runs -----------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_symmetric_and_of_the_share_asked_for() -> None:
+    from finetuning import DEMO, load_rows
+
+    clean, noisy = (np.array(load_rows(DEMO, None, 400, share, 3).train["label"]) for share in (0.0, 0.6))
+    changed = (clean != noisy).mean()
+    assert 0.2 < changed < 0.4  # half of the labels drawn anew are right by luck
+    assert 0.35 < noisy.mean() < 0.65
+    again = load_rows(DEMO, None, 400, 0.6, 3)
+    assert again.train["label"] == noisy.tolist()
+    assert load_rows(DEMO, None, 400, 0.6, 4).train["label"] != noisy.tolist()
+    assert max(max(ids) for ids in again.train["input_ids"]) < len(again.used)
+
+
+def test_cut_vocabulary_leaves_the_model_as_it_was() -> None:
+    from encoders import pretrained_encoder
+    from finetuning import DEMO, Run, load_rows, make_model, tokenizer
+
+    run = Run(task=DEMO, train_rows=8, layers=1)
+    rows = load_rows(DEMO, None, 8, 0.0, 0)
+    small = make_model(run, rows).eval()
+    torch.manual_seed(0)
+    whole = pretrained_encoder(2, layers=1).eval()
+    whole.classifier.load_state_dict(small.classifier.state_dict())
+    ids = rows.train["input_ids"][0]
+    with torch.no_grad():
+        cut = small(torch.tensor([ids])).logits
+        full = whole(torch.tensor([[rows.used[token] for token in ids]])).logits
+    torch.testing.assert_close(cut, full)
+    assert small.num_parameters() < whole.num_parameters() / 2
+    assert tokenizer().decode([rows.used[token] for token in ids]).startswith("[CLS]")
+
+
+def test_a_run_is_the_same_again_and_the_radius_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import finetuning
+    from finetuning import DEMO, Run, fine_tune, load_rows, make_model, make_trainer
+
+    run = Run(task=DEMO, train_rows=48, layers=1, rho=0.05, num_steps=8, rho_warmup=0.25, seed=1)
+    rows = load_rows(DEMO, None, 48, 0.0, 1)
+    trainer = make_trainer(run, rows, make_model(run, rows))
+    radii = []
+    plan_of = type(trainer)._run_plan
+
+    def recorded(self: Any) -> None:
+        radii.append(self.optimizer.param_groups[0]["rho"])
+        plan_of(self)
+
+    trainer._run_plan = recorded.__get__(trainer)
+    trainer.train()
+    assert radii == pytest.approx([0.025, *[0.05] * 7])
+    small = dataclasses.replace(rows, evaluation=rows.evaluation.select(range(16)))
+    monkeypatch.setattr(finetuning, "load_rows", lambda *_: small)
+    first, second = (_without_time(fine_tune(run.settings())) for _ in range(2))
+    assert first == second
+    assert first["steps"] == 8
+    assert first["score"] == first["eval_matthews_correlation"]
+    assert first["sharpness"] is not None and first["perturbation_norm"] > 0.0
+
+
+def _without_time(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+# ---- The study ----------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_has_each_point_once_and_the_defaults() -> None:
+    import sensitivity
+    from finetuning import Run
+
+    runs = list(sensitivity.grid_points(Run(), sensitivity.METHODS, sensitivity.LR, sensitivity.RHO))
+    assert len(runs) == len(set(runs)) == 7 + 5 * 7 * 5
+    for optim in ("sam", "adasam", "lightsam_adagrad_norm", "lightsam_adagrad", "lightsam_adam"):
+        assert Run(optim=optim, lr=sensitivity.DEFAULT_LR, rho=sensitivity.DEFAULT_RHO) in runs
+    assert Run(optim="adamw_torch_fused", lr=sensitivity.DEFAULT_LR) in runs
+    for values in (sensitivity.LR, sensitivity.RHO, sensitivity.SYNTHETIC_LR, sensitivity.SYNTHETIC_RHO):
+        assert max(values) >= 1000 * min(values) * (1 - 1e-9)
+
+
+def test_a_block_runs_prints_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sensitivity
+
+    made: list[Any] = []
+
+    def instead(settings: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
+        made.append(settings)
+        score = 0.5 if (settings["rho"] or 0.0) > 0.1 else 0.7 + settings["lr"]
+        return {**settings, "score": score, "parameters": 6e6 * settings["layers"], "seconds": 3600.0}
+
+    monkeypatch.setattr(sensitivity, "fine_tune", instead)
+    flags = ["--results_dir", str(tmp_path), "--seeds", "0", "1"]
+    sensitivity.main(["--block", "grid", "remedies", *flags])
+    assert len(made) == 2 * (182 + 2 * 6 * 5 - 10)  # "none" is in the grid already
+    assert {settings["task"] for settings in made} == {"demo"}
+    out = capsys.readouterr().out
+    assert "| SAM | 35 x 2 | 0.705 | 0.0005, 0.005 |" in out
+    assert "| LightSAM-III, lr 5e-05 | seeds | rho 0.0005 | rho 0.005 | rho 0.05 | rho 0.5 | rho 5 |" in out
+    assert "| rho warms up | 2 | 0.700 | 0.700 | 0.700 | 0.500 | 0.500 |" in out
+    assert f"{len(made)} runs, {len(made):.1f} hours" in out
+    assert (tmp_path / "sensitivity.png").is_file()
+    before = len(made)
+    sensitivity.main(["--block", "grid", *flags])
+    assert len(made) == before
+    sensitivity.main(["--block", "scales", *flags])
+    assert "coordinate, bias corrected | seeds" in capsys.readouterr().out
+
+
+def test_the_synthetic_problem() -> None:
+    from parameter_agnostic import Problem
+    from synthetic import WORST, SyntheticRun, minimize
+
+    problem = Problem(0)
+    x = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    problem.loss(x, *problem.minibatch()).backward()
+    problem = Problem(0)
+    torch.testing.assert_close(x.grad, problem.gradient(x.detach(), *problem.minibatch()))
+
+    def score(**settings: Any) -> float:
+        result = minimize(SyntheticRun(num_steps=200, **settings).settings())
+        assert {**result, **settings} == result
+        return result["score"]
+
+    assert score(optim="adamw_torch_fused", lr=0.03) > 0.5
+    assert score(optim="lightsam_adam", rho=0.05, lr=0.03) > 0.5
+    assert score(optim="sam", rho=0.01, rho_warmup=0.5, lr=0.03) > 0.5
+    assert score(optim="sam", rho=0.01, lr=1e6) == WORST
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--block", "nonsense"], "block='nonsense'"),
+        (["--methods", "Adam"], "methods='Adam'"),
+        (["--task_name", "sst2"], "data_dir=None"),
+        (["--layers", "0"], "layers=0"),
+        (["--num_processes", "0"], "num_processes=0"),
+        (["--train_rows", "-1"], "train_rows=-1"),
+        (["--num_epochs", "0"], "num_epochs=0"),
+        (["--table", "--results_dir", "nowhere"], "results_dir='nowhere'"),
+    ],
+)
+def test_bad_input(flags: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import sensitivity
+
+    with pytest.raises(SystemExit) as stopped:
+        sensitivity.main(flags)
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
