@@ -56,8 +56,8 @@ def minimize(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: Of a :class:`SyntheticRun`, by name.
 
     Returns:
-        The settings; ``score``, the decades by which the norm of the full gradient fell, from the start to the mean over
-        the last tenth of the steps (:data:`WORST` at least); ``seconds``.
+        The settings; ``score``, the decades by which the norm of the full gradient fell, from the start to the mean
+        over the last tenth of the steps (:data:`WORST` at least); ``seconds``.
     """
     start = time.perf_counter()
     run = SyntheticRun(**settings)
