@@ -6,16 +6,14 @@ python model_cards/build.py --check   # writes nothing; fails if a file is not w
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import re
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from hf_lightsam.documents import filled, write_or_check
 from hf_lightsam.glue import get_task
 from hf_lightsam.glue.suite import parse_method, read_results
 from hf_lightsam.glue.suite.tables import difference, markdown, number, scores_by_metric, summaries, tables
@@ -56,24 +54,16 @@ def _rows(results: pd.DataFrame) -> str:
     return f"{int(rows):,}"
 
 
-def _filled(text: str, name: str, content: str) -> str:
-    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if not re.search(f"{re.escape(start)}.*?{re.escape(end)}", text, re.DOTALL):
-        raise SystemExit(f"no place for {name}: expected the lines {start.strip()} and {end}")
-    before, rest = text.split(start, 1)
-    return f"{before}{start}{content}\n{end}{rest.split(end, 1)[1]}"
-
-
 def files() -> Iterator[tuple[Path, str]]:
     """Yield each file that the results give, with its text."""
     for task in CARDS:
         yield ROOT / "model_cards" / f"{task}.md", card(task)
     readme = ROOT / "README.md"
-    yield readme, _filled(readme.read_text(encoding="utf-8"), "glue results", short_table())
+    yield readme, filled(readme.read_text(encoding="utf-8"), "glue results", short_table())
     overview = ROOT / "model_cards" / "README.md"
     text = overview.read_text(encoding="utf-8")
     for folder in sorted(set(CARDS.values())):
-        text = _filled(text, f"results {folder}", tables(read_results(ROOT / RESULTS / folder), BASELINE))
+        text = filled(text, f"results {folder}", tables(read_results(ROOT / RESULTS / folder), BASELINE))
     yield overview, text
 
 
@@ -83,18 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With status 1 if ``--check`` finds a difference.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    asked = parser.parse_args(argv)
-    changed = []
-    for path, text in files():
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            changed.append(str(path.relative_to(ROOT)))
-            if not asked.check:
-                path.write_text(text, encoding="utf-8")
-    print("\n".join(changed) or "nothing has changed", file=sys.stderr)
-    if asked.check and changed:
-        raise SystemExit(1)
+    write_or_check(files(), ROOT, __doc__ or "", argv)
 
 
 if __name__ == "__main__":
