@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning import DEMO, Run, fine_tune, has_radius
-from grids import Grid, Point, draw, summary, table
+from grids import Grid, draw, summary, table
 from record import Result, read, run_missing
 from synthetic import WORST, SyntheticRun, minimize
 from transformers import HfArgumentParser
@@ -70,10 +70,10 @@ REMEDIES: dict[str, dict[str, Any]] = {
 """What changes in a run of LightSAM-III, by remedy. The ascent of form II shrinks as 1 / sqrt(t)."""
 
 SAFEGUARD = "adaptive radius"
-REMEDY_LR = (5e-5, 5e-4)
+REMEDY_LR, REMEDY_RHO = (DEFAULT_LR,), (5e-3, 5e-2, 0.5, 5.0)
 SYNTHETIC_LR = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 SYNTHETIC_RHO = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-SYNTHETIC_REMEDY_LR = (1e-2, 1e-1)
+SYNTHETIC_REMEDY_LR, SYNTHETIC_REMEDY_RHO = (1e-2, 1e-1), SYNTHETIC_RHO
 SIZES = ({"layers": 1}, {"layers": 2}, {"layers": 6}, {"layers": 2, "widen": 2})
 SCALES: dict[str, tuple[str, tuple[float, ...]]] = {
     "coordinate": ("rho_scale=coordinate", (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)),
@@ -161,8 +161,8 @@ def points(arguments: StudyArguments, block: str) -> list[Any]:
         if block == "synthetic":
             easy = SyntheticRun(seed=seed)
             found += grid_points(easy, arguments.methods, SYNTHETIC_LR, SYNTHETIC_RHO)
-            found += remedy_points(easy, SYNTHETIC_REMEDY_LR, SYNTHETIC_RHO)
-            found += safeguard_points(easy, arguments.methods, SYNTHETIC_REMEDY_LR, SYNTHETIC_RHO)
+            found += remedy_points(easy, SYNTHETIC_REMEDY_LR, SYNTHETIC_REMEDY_RHO)
+            found += safeguard_points(easy, arguments.methods, SYNTHETIC_REMEDY_LR, SYNTHETIC_REMEDY_RHO)
             continue
         base = Run(
             task=arguments.task_name or (DEMO if arguments.data_dir is None else "sst2"),
@@ -174,9 +174,9 @@ def points(arguments: StudyArguments, block: str) -> list[Any]:
         if block == "grid":
             found += grid_points(base, arguments.methods, arguments.lr, arguments.rho)
         elif block == "remedies":
-            found += remedy_points(base, REMEDY_LR, RHO)
+            found += remedy_points(base, REMEDY_LR, REMEDY_RHO)
         elif block == "safeguard":
-            found += safeguard_points(base, arguments.methods, REMEDY_LR, RHO)
+            found += safeguard_points(base, arguments.methods, REMEDY_LR, REMEDY_RHO)
         elif block == "scales":
             found += scale_points(base)
     return found
@@ -253,8 +253,9 @@ class Problem:
         base: A run with the shared settings.
         scores: Of the runs.
         rates: Learning rates of the grid.
+        radii: Radii of the grid.
         remedy_rates: Learning rates of remedies and safeguard.
-        radii: Radii.
+        remedy_radii: Their radii.
         tolerance: Of "close to the best".
     """
 
@@ -262,8 +263,9 @@ class Problem:
     base: Any
     scores: Scores
     rates: Sequence[float]
-    remedy_rates: Sequence[float]
     radii: Sequence[float]
+    remedy_rates: Sequence[float]
+    remedy_radii: Sequence[float]
     tolerance: float
 
     def grids(self) -> dict[str, Grid]:
@@ -276,8 +278,10 @@ class Problem:
         """Return the table of remedies: score by radius, at each learning rate."""
         lines: list[str] = []
         for lr in self.remedy_rates:
-            runs = list(remedy_points(self.base, [lr], self.radii))
-            rows = [runs[start : start + len(self.radii)] for start in range(0, len(runs), len(self.radii))]
+            runs = list(remedy_points(self.base, [lr], self.remedy_radii))
+            rows = [
+                runs[start : start + len(self.remedy_radii)] for start in range(0, len(runs), len(self.remedy_radii))
+            ]
             lines += self._by_radius(f"LightSAM-III, lr {lr:g}", dict(zip(REMEDIES, rows, strict=True)))
         return lines
 
@@ -288,8 +292,8 @@ class Problem:
             rows: dict[str, list[Any]] = {}
             for name, optim in METHODS.items():
                 if has_radius(optim):
-                    rows[name] = list(grid_points(self.base, [name], [lr], self.radii))
-                    rows[f"{name}, {SAFEGUARD}"] = list(safeguard_points(self.base, [name], [lr], self.radii))
+                    rows[name] = list(grid_points(self.base, [name], [lr], self.remedy_radii))
+                    rows[f"{name}, {SAFEGUARD}"] = list(safeguard_points(self.base, [name], [lr], self.remedy_radii))
             lines += self._by_radius(f"lr {lr:g}", rows)
         return lines
 
@@ -322,10 +326,10 @@ def problems(folder: Path) -> list[Problem]:
         base = Run(**dict(zip(names, shared, strict=True)))
         parameters = next(r["parameters"] for r in real if all(r[n] == v for n, v in zip(names, shared, strict=True)))
         title = f"{base.task}, {base.train_rows or 'all'} rows, {parameters / 1e6:.1f}M weights"
-        found.append(Problem(title, base, scores, LR, REMEDY_LR, RHO, TOLERANCE))
+        found.append(Problem(title, base, scores, LR, RHO, REMEDY_LR, REMEDY_RHO, TOLERANCE))
     easy = Scores(read(folder / SYNTHETIC), SyntheticRun, worst=WORST)
     if easy.results:
-        options = (SYNTHETIC_LR, SYNTHETIC_REMEDY_LR, SYNTHETIC_RHO, SYNTHETIC_TOLERANCE)
+        options = (SYNTHETIC_LR, SYNTHETIC_RHO, SYNTHETIC_REMEDY_LR, SYNTHETIC_REMEDY_RHO, SYNTHETIC_TOLERANCE)
         found.append(Problem("synthetic problem", SyntheticRun(), easy, *options))
     return found
 
@@ -350,8 +354,8 @@ def scales(folder: Path) -> list[str]:
     return lines
 
 
-def report(folder: Path) -> str:
-    """Return all tables of the results in a folder, and draw the pictures beside them.
+def parts(folder: Path) -> dict[str, str]:
+    """Return the tables of the results in a folder, by the name of their part of the results page.
 
     Raises:
         UsageError: If there are none.
@@ -359,34 +363,41 @@ def report(folder: Path) -> str:
     found = problems(folder)
     if not found:
         raise UsageError(f"results_dir={str(folder)!r}: expected a folder that holds {REAL} or {SYNTHETIC}")
-    lines: list[str] = []
+    tables: dict[str, list[str]] = {name: [] for name in ("grids", "remedies", "safeguard", "units", "time")}
     for problem in found:
         grids = problem.grids()
         if grids:
-            lines += [f"## {problem.title}", ""]
-            defaults: dict[str, Point] = {
-                name: (DEFAULT_RHO if has_radius(METHODS[name]) else None, DEFAULT_LR) for name in grids
-            }
-            lines += [summary(grids, defaults, problem.tolerance), ""]
-            for name, grid in grids.items():
-                lines += [f"### {name}", "", table(grid), ""]
-        for title, rows in (("Remedies", problem.remedies()), ("Safeguard", problem.safeguard())):
+            radii = {name: DEFAULT_RHO if has_radius(METHODS[name]) else None for name in grids}
+            defaults = {name: (rho, DEFAULT_LR) for name, rho in radii.items()}
+            tables["grids"] += [f"**{problem.title}**", "", summary(grids, defaults, problem.tolerance), ""]
+        for name, rows in (("remedies", problem.remedies()), ("safeguard", problem.safeguard())):
             if rows:
-                lines += [f"### {title}: {problem.title}", "", *rows]
-    units = scales(folder)
-    if units:
-        lines += ["## Units of the radius", "", *units]
-    for name, is_synthetic in ((REAL, False), (SYNTHETIC, True)):
+                tables[name] += [f"**{problem.title}**", "", *rows]
+    tables["units"] = scales(folder)
+    for name in (REAL, SYNTHETIC):
         results = read(folder / name)
-        if results:
-            seconds = sum(result["seconds"] for result in results)
-            lines.append(f"{name}: {len(results)} runs, {seconds / 3600:.1f} hours of training in all.")
-        rows_of_grids = {p.title: p.grids() for p in found if isinstance(p.base, SyntheticRun) == is_synthetic}
-        rows_of_grids = {title: grids for title, grids in rows_of_grids.items() if grids}
-        if rows_of_grids:
-            label = "decades that the gradient's norm fell" if is_synthetic else "score"
-            draw(rows_of_grids, (folder / name).with_suffix(".png"), label)
+        seconds = sum(result["seconds"] for result in results)
+        tables["time"].append(f"`{name}`: {len(results)} runs, {seconds / 3600:.1f} hours of training in all.")
+    return {name: "\n".join(lines).strip() for name, lines in tables.items()}
+
+
+def all_grids(folder: Path) -> str:
+    """Return every grid in full."""
+    lines: list[str] = []
+    for problem in problems(folder):
+        for name, grid in problem.grids().items():
+            lines += [f"### {name}: {problem.title}", "", table(grid), ""]
     return "\n".join(lines)
+
+
+def draw_all(folder: Path) -> None:
+    """Draw the heatmaps beside the results: of fine-tunings in one picture, of the synthetic problem in another."""
+    for name, label in ((REAL, "score"), (SYNTHETIC, "decades that the gradient's norm fell")):
+        kind = SyntheticRun if name == SYNTHETIC else Run
+        rows = {problem.title: problem.grids() for problem in problems(folder) if isinstance(problem.base, kind)}
+        rows = {title: grids for title, grids in rows.items() if grids}
+        if rows:
+            draw(rows, (folder / name).with_suffix(".png"), label)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -403,7 +414,10 @@ def main(argv: list[str] | None = None) -> None:
                 run_missing(
                     [run.settings() for run in points(arguments, block)], function, path, arguments.num_processes
                 )
-        print(report(folder))
+        tables = parts(folder)
+        print(all_grids(folder))
+        print("\n\n".join(f"## {name}\n\n{content}" for name, content in tables.items() if content))
+        draw_all(folder)
 
 
 if __name__ == "__main__":
