@@ -103,7 +103,7 @@ def test_each_method_has_as_many_learning_rates_and_lets_takes_sams() -> None:
     rates = {optim: {p["lr"] for p in points if p["optim"] == optim} for optim in low_data.METHODS}
     assert rates["sam"] == rates[low_data.BASELINE] == set(low_data.RATES)
     assert rates["lightsam_adagrad"] == {1e-3, 3e-3, 1e-2, 3e-2}
-    assert rates["lightsam_adam"] == rates["adasam"] == {3e-5, 9e-5, 3e-4, 9e-4}
+    assert rates["adasam"] == {3e-5, 9e-5, 3e-4, 9e-4}
     assert rates["lets_sam"] == set()
     assert {p["seed"] for p in points} == set(low_data.SEARCH_SEEDS)
     assert {p["judge"] for p in points} == {low_data.HELD}
@@ -168,15 +168,29 @@ def test_tables_of_known_results() -> None:
         "72.0 ± 11.0 (3)",
         "68.0 ± 10.0 (3)",
     ]
-    assert line(text, "100 rows, 2 layers", "Difference")[1:] == ["**+2.0 [+1.0, +3.0]**", "**-2.0 [-2.0, -2.0]**"]
+    assert line(text, "100 rows, 2 layers", "Difference")[1:] == ["+2.0 [+1.0, +3.0]", "-2.0 [-2.0, -2.0]"]
     assert line(text, "300 rows, 2 layers", "Difference")[1:] == ["-", "-"]
+    assert line(text, "mean of these", "Difference")[1:] == ["+2.0 [+1.0, +3.0]", "-2.0 [-2.0, -2.0]"]
     assert "| 300 rows, 2 layers, 40 % of labels drawn anew | - | 80.0 (1) | - |" in text
     assert line(text, "100 rows, 2 layers", "m-sharpness")[1:4] == ["0.200", "0.110 (3 of 3)", "0.300 (0 of 3)"]
     assert "Over all cells, of differences to AdamW's run: -0.74 (6 pairs)." in text
     assert line(text, "100 rows, 2 layers | 0.05", "LETS: ")[-1] == "0.2 (0.1 to 0.3)"
-    assert line(text, "100 rows, 2 layers | 0.05", "LETS: ")[-2] == "**-4.0 [-5.0, -3.0]**"
+    assert line(text, "100 rows, 2 layers | 0.05", "LETS: ")[-2] == "-4.0 [-5.0, -3.0]"
     assert line(text, "100 rows, 2 layers | 0.5", "LETS: ")[2:] == ["65.0 (1)", "-", "-", "-"]
     assert "12 runs, trained in 12 minutes, 6 of them on a CPU." in text
+
+
+def test_mean_over_cells_pairs_seeds_that_all_cells_have() -> None:
+    import low_data
+
+    results = [
+        *(result("adamw_torch_fused", seed, 0.5, 0.1, rows=rows) for seed in (0, 1) for rows in (100, 300)),
+        *(result("sam", 0, 0.5 + gain, 0.1, rows=rows) for rows, gain in ((100, 0.02), (300, 0.04))),
+        result("sam", 1, 0.9, 0.1, rows=300),
+    ]
+    found = low_data.over_cells(low_data.compared(results, "sst2"), "sam")
+    assert found.differences == {0: pytest.approx(3.0)}
+    assert found.scores == {0: pytest.approx(53.0)}
 
 
 def test_mrpc_is_judged_by_accuracy_and_a_constant_answer_scores_nothing() -> None:
