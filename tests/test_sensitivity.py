@@ -98,6 +98,16 @@ def test_summary_of_a_grid_with_a_known_answer() -> None:
     assert "| none | 0.500 | 0.795 | 0.800 |" in table(flat)
 
 
+def test_a_point_chosen_on_one_task_is_judged_on_another() -> None:
+    from grids import Grid, transfer
+
+    there = {"a": Grid({(0.1, 1.0): [0.9], (0.2, 1.0): [0.8]}), "b": Grid({(None, 1.0): [0.5]})}
+    here = {"a": Grid({(0.1, 1.0): [0.6], (0.2, 1.0): [0.7]})}
+    assert "| a | 0.1, 1 | 0.900 | 0.600 | 0.700 at 0.2, 1 | 0.100 |" in transfer(there, here)
+    assert "| b |" not in transfer(there, here)
+    assert transfer(there, {}) == ""
+
+
 def test_heatmaps_are_drawn_with_one_scale(tmp_path: Path) -> None:
     from grids import Grid, draw
 

@@ -104,6 +104,33 @@ def summary(grids: Mapping[str, Grid], defaults: Mapping[str, Point], tolerance:
     return "\n".join(lines)
 
 
+def transfer(chosen_on: Mapping[str, Grid], judged_on: Mapping[str, Grid]) -> str:
+    """Return a Markdown table: each method's best point of one task, and how it does on another.
+
+    Args:
+        chosen_on: Grids by method, of the task on which the point is chosen.
+        judged_on: Of the other one.
+    """
+    lines = [
+        "| method | chosen: rho, lr | score there | score here | best here | regret |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, grid in chosen_on.items():
+        other = judged_on.get(name)
+        if other is None or grid.best not in other.means:
+            continue
+        cells = (
+            name,
+            _point(grid.best),
+            f"{grid.means[grid.best]:.3f}",
+            f"{other.means[grid.best]:.3f}",
+            f"{other.means[other.best]:.3f} at {_point(other.best)}",
+            f"{other.regret(grid.best):.3f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def _point(point: Point) -> str:
     rho, lr = point
     return f"{'-' if rho is None else f'{rho:g}'}, {lr:g}"

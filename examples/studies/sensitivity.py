@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning import DEMO, Run, fine_tune, has_radius
-from grids import Grid, draw, summary, table
+from grids import Grid, draw, summary, table, transfer
 from record import Result, read, run_missing
 from synthetic import WORST, SyntheticRun, minimize
 from transformers import HfArgumentParser
@@ -363,7 +364,9 @@ def parts(folder: Path) -> dict[str, str]:
     found = problems(folder)
     if not found:
         raise UsageError(f"results_dir={str(folder)!r}: expected a folder that holds {REAL} or {SYNTHETIC}")
-    tables: dict[str, list[str]] = {name: [] for name in ("grids", "remedies", "safeguard", "units", "time")}
+    tables: dict[str, list[str]] = {
+        name: [] for name in ("grids", "transfer", "remedies", "safeguard", "units", "time")
+    }
     for problem in found:
         grids = problem.grids()
         if grids:
@@ -373,6 +376,11 @@ def parts(folder: Path) -> dict[str, str]:
         for name, rows in (("remedies", problem.remedies()), ("safeguard", problem.safeguard())):
             if rows:
                 tables[name] += [f"**{problem.title}**", "", *rows]
+    for chosen_on, judged_on in itertools.permutations(found, 2):
+        if isinstance(chosen_on.base, Run) and isinstance(judged_on.base, Run):
+            of_both = transfer(chosen_on.grids(), judged_on.grids())
+            if of_both:
+                tables["transfer"] += [f"**chosen on {chosen_on.title}, judged on {judged_on.title}**", "", of_both, ""]
     tables["units"] = scales(folder)
     for name in (REAL, SYNTHETIC):
         results = read(folder / name)
