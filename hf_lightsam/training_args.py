@@ -17,6 +17,8 @@ register()  # before the parser asks the enum for its choices
 _FIELDS = (
     "rho",
     "rho_scale",
+    "rho_schedule",
+    "adaptive_rho",
     "bias_correction",
     "ascent",
     "descent",
@@ -63,6 +65,10 @@ class LightSAMTrainingArguments(TrainingArguments):
         rho_scale: LightSAM only. ``"global"``: ``rho`` is the length of the whole perturbation, for any model size.
             ``"coordinate"``: the paper's letter, where in forms II and III ``rho`` is a length for each weight.
             Default: ``"global"``.
+        rho_schedule: LightSAM, ``sam``, ``asam``, ``adasam`` and ``monge_sam`` only. ``"lr"``: the radius follows the
+            learning rate's schedule, warm-up and decay. Default: ``"constant"``.
+        adaptive_rho: The same methods only. Keep the perturbation no longer than a tenth of the last descent step, so
+            that a ``rho`` that is too large does no harm; the radius in use is logged as ``rho``. Default: false.
         bias_correction: ``lightsam_adam`` and ``lightsam`` only. Correct the bias of the moments, as Adam does, in
             movements of that form. Default: true, except with ``rho_scale="coordinate"``, which is the paper to the
             letter.
@@ -134,6 +140,20 @@ class LightSAMTrainingArguments(TrainingArguments):
         metadata={
             "help": "LightSAM only. global (default): rho is the length of the whole perturbation, for any model size. "
             "coordinate: the paper's letter, a length for each weight in forms II and III."
+        },
+    )
+    rho_schedule: Literal["constant", "lr"] | None = field(
+        default=None,
+        metadata={
+            "help": "LightSAM, sam, asam, adasam, monge_sam only. lr: the radius follows the learning rate's schedule. "
+            "Default: constant."
+        },
+    )
+    adaptive_rho: bool | None = field(
+        default=None,
+        metadata={
+            "help": "LightSAM, sam, asam, adasam, monge_sam only. Keep the perturbation no longer than a tenth of the "
+            "last descent step, so that a rho that is too large does no harm. Default: false."
         },
     )
     bias_correction: bool | None = field(

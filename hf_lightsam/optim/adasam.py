@@ -32,6 +32,9 @@ class AdaSAM(SAM):
         betas: Decay rates of the descent's moments, each in [0, 1). Default: (0.9, 0.999).
         eps: Square root of the second moments' start, above 0. Default: 1e-8.
         weight_decay: Decoupled weight decay of the descent. Default: 0.
+        rho_schedule: ``"constant"`` or ``"lr"``; beyond the paper, see
+            :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. Default: ``"constant"``.
+        adaptive_rho: Keep the perturbation shorter than the descent's steps; likewise. Default: False.
         foreach: Use torch's multi-tensor kernels in both movements.
         fused: Use torch's fused kernels in both movements. Default, with both None: fused where the device has them.
 
@@ -51,6 +54,8 @@ class AdaSAM(SAM):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        rho_schedule: str = "constant",
+        adaptive_rho: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
@@ -59,6 +64,8 @@ class AdaSAM(SAM):
             params,
             functools.partial(AMSGrad, foreach=foreach, fused=fused),
             rho,
+            rho_schedule=rho_schedule,
+            adaptive_rho=adaptive_rho,
             foreach=foreach,
             fused=fused,
             lr=lr,

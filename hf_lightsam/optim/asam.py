@@ -38,6 +38,9 @@ class ASAM(SAM):
         descent: As for :class:`SAM`. Default: ``"adamw"``.
         rho: Radius in the scaled coordinates, at least 0: about ten times SAM's. Default: 0.5.
         eta: Added to the weights' absolute values, at least 0. Default: 0.01.
+        rho_schedule: ``"constant"`` or ``"lr"``; beyond the paper, see
+            :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. Default: ``"constant"``.
+        adaptive_rho: Keep the perturbation shorter than the descent's steps; likewise. Default: False.
         foreach: Use torch's multi-tensor kernels for the ascent.
         fused: Use torch's fused kernels for the ascent. Default, with both None: fused where the device has them.
         **descent_options: Handed to ``descent``.
@@ -58,12 +61,24 @@ class ASAM(SAM):
         rho: float = 0.5,
         eta: float = 0.01,
         *,
+        rho_schedule: str = "constant",
+        adaptive_rho: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         **descent_options: Any,
     ) -> None:
         options = {"eta": eta}
-        super().__init__(params, descent, rho, foreach=foreach, fused=fused, ascent_options=options, **descent_options)
+        super().__init__(
+            params,
+            descent,
+            rho,
+            rho_schedule=rho_schedule,
+            adaptive_rho=adaptive_rho,
+            foreach=foreach,
+            fused=fused,
+            ascent_options=options,
+            **descent_options,
+        )
 
     def bind(self, model: nn.Module) -> None:
         """Find out by their names in ``model`` which parameters are weights.

@@ -60,6 +60,9 @@ class LightSAM(SharpnessAwareOptimizer):
         descent: The form of the descent, likewise. Default: that of ``variant``.
         rho_scale: ``"global"`` or ``"coordinate"``, as in the table above. Default: ``"global"``.
         bias_correction: For III only, as ``betas``: override what follows from ``rho_scale``.
+        rho_schedule: ``"constant"`` or ``"lr"``; beyond the paper, see
+            :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. Default: ``"constant"``.
+        adaptive_rho: Keep the perturbation shorter than the descent's steps; likewise. Default: False.
         foreach: Use torch's multi-tensor kernels in both movements.
         fused: Use torch's fused kernels in both movements. Default, with both None: fused where the device has them.
 
@@ -85,6 +88,8 @@ class LightSAM(SharpnessAwareOptimizer):
         *,
         ascent: str | None = None,
         descent: str | None = None,
+        rho_schedule: str = "constant",
+        adaptive_rho: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
@@ -119,7 +124,8 @@ class LightSAM(SharpnessAwareOptimizer):
         scale = "coordinate" if ascent == "adagrad_norm" else rho_scale
         # What only the ascent has is an option of the groups too, as all others are.
         of_ascent = moments if ascent == "adam" and descent != "adam" else {}
-        super().__init__(params, rho, make_ascent, make_descent, rho_scale=scale, **of_ascent)
+        changing: dict[str, Any] = {"rho_schedule": rho_schedule, "adaptive_rho": adaptive_rho}
+        super().__init__(params, rho, make_ascent, make_descent, rho_scale=scale, **changing, **of_ascent)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

@@ -41,6 +41,9 @@ class MongeSAM(SAM):
         descent: As for :class:`SAM`. Default: ``"adamw"``.
         rho: Length of the perturbation on the loss surface, at least 0. Default: 0.05.
         alpha: Length on the surface of a unit of the loss, at least 0; 0 is SAM. Default: 1, the paper's.
+        rho_schedule: ``"constant"`` or ``"lr"``; beyond the paper, see
+            :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. Default: ``"constant"``.
+        adaptive_rho: Keep the perturbation shorter than the descent's steps; likewise. Default: False.
         foreach: Use torch's multi-tensor kernels for the ascent.
         fused: Use torch's fused kernels for the ascent. Default, with both None: fused where the device has them.
         **descent_options: Handed to ``descent``; an ``alpha`` of RMSprop's only by ``descent=functools.partial(...)``.
@@ -60,9 +63,21 @@ class MongeSAM(SAM):
         rho: float = 0.05,
         alpha: float = 1.0,
         *,
+        rho_schedule: str = "constant",
+        adaptive_rho: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         **descent_options: Any,
     ) -> None:
         options = {"alpha": alpha}
-        super().__init__(params, descent, rho, foreach=foreach, fused=fused, ascent_options=options, **descent_options)
+        super().__init__(
+            params,
+            descent,
+            rho,
+            rho_schedule=rho_schedule,
+            adaptive_rho=adaptive_rho,
+            foreach=foreach,
+            fused=fused,
+            ascent_options=options,
+            **descent_options,
+        )

@@ -19,6 +19,7 @@ from .lightsam import VARIANTS, LightSAM
 from .monge_sam import MongeSAM
 from .msam import MSAM
 from .mup2 import SPLPSAM, MuP2SAM
+from .radius import RHO_SCHEDULES
 from .roles import ROLES, parse_roles
 from .sam import DESCENTS, SAM
 from .sampa import SAMPa
@@ -59,7 +60,8 @@ _NUMBER = Option(float, "a number")
 _COUNT = Option(int, "a whole number")
 _FLAG = Option(_boolean, "true or false")
 _RADIUS = {"rho": _NUMBER, "foreach": _FLAG, "fused": _FLAG}
-_ADAPTIVE = {**_RADIUS, "rho_scale": _choice(RHO_SCALES), "eps": _NUMBER}
+_CHANGING = {"rho_schedule": _choice(RHO_SCHEDULES), "adaptive_rho": _FLAG}
+_ADAPTIVE = {**_RADIUS, **_CHANGING, "rho_scale": _choice(RHO_SCALES), "eps": _NUMBER}
 _LEARNED = {"rho_lr": _NUMBER, "rho_update_steps": _COUNT, "hypergradient": _choice(HYPERGRADIENTS)}
 _REFRESH = {"update_steps": _COUNT, "update_epochs": _COUNT}
 _ROLES = Option(parse_roles, f"pattern:role pairs parted by ';', each role one of {', '.join(ROLES)}")
@@ -247,7 +249,7 @@ RECIPES: dict[str, Recipe] = {
             "sam",
             SAM,
             "SAM: a fixed radius along the normalised gradient, over a torch optimizer",
-            {},
+            _CHANGING,
             paper="arXiv 2010.01412",
             copies="1 + the descent's",
         ),
@@ -255,7 +257,7 @@ RECIPES: dict[str, Recipe] = {
             "asam",
             ASAM,
             "ASAM: SAM with steps in proportion to the weights' own sizes",
-            {"eta": _NUMBER},
+            {"eta": _NUMBER, **_CHANGING},
             paper="arXiv 2102.11600",
             copies="1 + the descent's",
         ),
@@ -263,7 +265,7 @@ RECIPES: dict[str, Recipe] = {
             "adasam",
             AdaSAM,
             "AdaSAM: SAM's ascent, AMSGrad's descent without bias correction",
-            {**_RADIUS, **_MOMENTS, "eps": _NUMBER},
+            {**_RADIUS, **_CHANGING, **_MOMENTS, "eps": _NUMBER},
             paper="arXiv 2303.00565",
             copies="4",
         ),
@@ -271,7 +273,7 @@ RECIPES: dict[str, Recipe] = {
             "monge_sam",
             MongeSAM,
             "Monge SAM: SAM's perturbation, measured along the loss surface",
-            {"alpha": _NUMBER},
+            {"alpha": _NUMBER, **_CHANGING},
             paper="arXiv 2502.08448",
             copies="1 + the descent's",
         ),

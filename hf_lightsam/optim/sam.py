@@ -48,6 +48,9 @@ class SAM(SharpnessAwareOptimizer):
             ``"adamw"``, ``"adam"``, ``"sgd"``, ``"adagrad"``, ``"adafactor"``, ``"adamax"``, ``"nadam"``, ``"radam"``,
             ``"rmsprop"``: torch's, with their defaults. Default: ``"adamw"``.
         rho: Length of the perturbation of the whole model, at least 0. Default: 0.05.
+        rho_schedule: ``"constant"`` or ``"lr"``; beyond the paper, see
+            :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. Default: ``"constant"``.
+        adaptive_rho: Keep the perturbation shorter than the descent's steps; likewise. Default: False.
         foreach: Use torch's multi-tensor kernels for the ascent.
         fused: Use torch's fused kernels for the ascent. Default, with both None: fused where the device has them.
         ascent_options: Handed to the ascent rule; for subclasses, whose rule has any. Those that the rule shares with
@@ -73,6 +76,8 @@ class SAM(SharpnessAwareOptimizer):
         descent: str | Callable[..., torch.optim.Optimizer] = "adamw",
         rho: float = 0.05,
         *,
+        rho_schedule: str = "constant",
+        adaptive_rho: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         ascent_options: Mapping[str, Any] | None = None,
@@ -107,7 +112,8 @@ class SAM(SharpnessAwareOptimizer):
                     )
             return optimizer
 
-        super().__init__(params, rho, make_ascent, make_descent, **shared)
+        changing: dict[str, Any] = {"rho_schedule": rho_schedule, "adaptive_rho": adaptive_rho}
+        super().__init__(params, rho, make_ascent, make_descent, **changing, **shared)
 
     def perturb(self) -> None:
         """Save the weights, and move them, as :meth:`SharpnessAwareOptimizer.perturb`.

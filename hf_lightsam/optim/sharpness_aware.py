@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..passes.plan import GradientPlan
 from ..passes.two_pass import TwoPass
 from ..tensors import check_gradient, copy_, difference_norm, local, total_norm
+from .radius import LAST_STEP, RHO_SCHEDULES, longest_perturbation, note_step, schedule_factor, shorten_
 from .rules import Rule
 from .rules.base import Group
 from .validation import Params, check_choice, check_number, check_parameter
@@ -72,6 +73,11 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         rho_scale: ``"coordinate"``: ``rho`` is handed to the ascent as it is. ``"global"``: divided by ``sqrt(d)``, d
             the number of perturbed weights, so that for a rule that moves each weight by ``rho`` it is the length of
             the whole perturbation.
+        rho_schedule: ``"constant"``, or ``"lr"``: the radius of each group is ``rho * lr / initial_lr``, so that it
+            warms up and decays as the learning rate does under one of torch's schedulers. Beyond the papers.
+        adaptive_rho: Keep the whole perturbation no longer than a tenth of the last descent step
+            (:data:`~hf_lightsam.optim.radius.STEP_SHARE`), both over the perturbed weights; ``rho`` is then the most
+            that it may be. The first step has no perturbation. Beyond the papers.
         **defaults: Further options of the groups, for subclasses to show what they are.
 
     Attributes:
@@ -80,6 +86,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         descent: The descent optimizer; ``state`` and ``param_groups`` are its own.
         ascent_grad_norm: L2 norm of the last ascent gradient over all perturbed parameters (scalar tensor on the
             device), None before the first.
+        effective_rho: Radius of the last perturbation, of the first group that has one (scalar tensor); None where
+            neither ``rho_schedule`` nor ``adaptive_rho`` makes it another than ``rho``.
 
     Raises:
         UsageError: For an option out of range or not supported (``capturable``, ``differentiable``), or a parameter of
@@ -89,11 +97,19 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     ascent: Rule
     descent: torch.optim.Optimizer
     ascent_grad_norm: Tensor | None
+    effective_rho: Tensor | None
 
     plan_class: ClassVar[type[GradientPlan]] = TwoPass
     """The gradient plan that the method needs, in the Trainer and in the loop for Accelerate."""
 
-    _copied: ClassVar[tuple[str, ...]] = ("ascent", "descent", "ascent_grad_norm")
+    _copied: ClassVar[tuple[str, ...]] = (
+        "ascent",
+        "descent",
+        "ascent_grad_norm",
+        "effective_rho",
+        "rho_schedule",
+        "adaptive_rho",
+    )
     """Attributes that a pickle or a copy keeps; subclasses add theirs."""
 
     def __init__(
@@ -104,9 +120,20 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         make_descent: MakeDescent,
         *,
         rho_scale: str = "coordinate",
+        rho_schedule: str = "constant",
+        adaptive_rho: bool = False,
         **defaults: Any,
     ) -> None:
         self._ready = False
+        self.rho_schedule = check_choice("rho_schedule", rho_schedule, RHO_SCHEDULES)
+        self.adaptive_rho = check_choice("adaptive_rho", adaptive_rho, (True, False))
+        if self.has_changing_radius and self.plan_class is not TwoPass:
+            raise UsageError(
+                f"rho_schedule={rho_schedule!r}, adaptive_rho={adaptive_rho!r}: {type(self).__name__} does not take "
+                "the two gradients of SAM, each of the whole batch; expected 'constant' and False"
+            )
+        if self.adaptive_rho:
+            defaults[LAST_STEP] = torch.zeros(())  # from the start, so that all checkpoints have the same options
         super().__init__(params, {"rho": rho, "rho_scale": rho_scale, **defaults})
         self.descent = make_descent(self.param_groups)
         self._share_groups()
@@ -117,8 +144,10 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["sharpness_aware"] = self._signature()
         self.ascent_grad_norm = None
+        self.effective_rho = None
         self._perturbed: list[Tensor] = []
         self._saved: list[Tensor] = []
+        self._moved: list[Tensor] = []  # in this step, so that the buffers hold their places before it
         self._buffers: dict[Tensor, Tensor] = {}
         self._ascended = False
         self._has_plan = False
@@ -191,6 +220,11 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         return bool(self._perturbed)
 
     @property
+    def has_changing_radius(self) -> bool:
+        """Whether an option makes the radius another than ``rho``."""
+        return self.adaptive_rho or self.rho_schedule != "constant"
+
+    @property
     def wants_ascent(self) -> bool:
         """Whether any group has a radius: if not, the ascent gradient would serve nothing."""
         return any(group["rho"] > 0 for group in self.param_groups)
@@ -222,18 +256,33 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         root_of_size = math.sqrt(sum(p.numel() for p in parameters))
         for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
             group["lr"] = main["rho"] / (root_of_size if main["rho_scale"] == "global" else 1.0)
+            if self.rho_schedule != "constant":
+                group["lr"] *= schedule_factor(main)
         self._hold(parameters)
         try:
             self.ascent.ascend(groups, self.ascent_grad_norm)
+            self._adapt_rho()
         except BaseException:
             self.restore()
             raise
+
+    def _adapt_rho(self) -> None:
+        """Shorten the perturbation to what the last step allows, and note the radius; without the options nothing."""
+        if not self.has_changing_radius:
+            return
+        group = next(group for group in self.param_groups if group["rho"] > 0)
+        rho = group["rho"] * (1.0 if self.rho_schedule == "constant" else schedule_factor(group))
+        share = torch.ones((), device=self._perturbed[0].device)
+        if self.adaptive_rho:
+            longest = longest_perturbation(self.param_groups, share.device)
+            share = shorten_(self._perturbed, self._saved, longest)
+        self.effective_rho = rho * share
 
     def _hold(self, parameters: list[Tensor]) -> None:
         """Save parameters that are about to be moved."""
         self._saved = [self._buffer(p) for p in parameters]
         copy_(self._saved, parameters)
-        self._perturbed = parameters
+        self._perturbed = self._moved = parameters
         _perturbed_by.update(dict.fromkeys(map(id, parameters), weakref.ref(self)))
 
     def _ascent_groups(self) -> list[Group]:
@@ -371,8 +420,15 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             self._make_ascent_state_or_refuse()
         self._ascended = False
         self.descent.step()
+        self._note_step()
         self._has_stepped = True
         return loss
+
+    def _note_step(self) -> None:
+        """With ``adaptive_rho`` note how far the step has gone, for the next one's radius."""
+        if self.adaptive_rho and self._moved:
+            note_step(self.param_groups, self._moved, [self._buffers[p] for p in self._moved])
+        self._moved = []
 
     def _make_ascent_state_or_refuse(self) -> None:
         """With ``lr=0`` make the ascent's state as a step makes the descent's; else refuse a step without an ascent."""
@@ -497,6 +553,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             **{name: getattr(self, name) for name in self._copied},
             "_perturbed": [],
             "_saved": [],
+            "_moved": [],
             "_buffers": {},
             "_ascended": self._ascended,
             "_has_plan": False,

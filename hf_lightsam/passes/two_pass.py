@@ -14,6 +14,8 @@ class TwoPass(GradientPlan):
         losses, states = self.first_pass(window, window.micro_batches, sync=self.sync_ascent)
         result = WindowResult(losses)
         self.perturb(window, result.measures, measure=measure)
+        if self.optimizer.effective_rho is not None:
+            result.measures["rho"] = self.optimizer.effective_rho
         window.zero_grad()
         perturbed_losses = self.second_pass(window, window.micro_batches, states, sync=True)
         result.measures["sharpness"] = added(perturbed_losses) - added(losses)
