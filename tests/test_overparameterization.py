@@ -178,7 +178,7 @@ def test_gains_are_paired_by_seed() -> None:
     results = results_of(parts, {"AdamW": 0.0, "SAM": 0.01, "LightSAM-Adam": -0.01})
     unpaired = [result for result in results if not (result["optim"] == "adamw_torch_fused" and result["seed"] == 2)]
     cells = [cell.strip() for cell in study.table(parts["width"], results).splitlines()[4].strip("|").split("|")]
-    assert cells == ["16", "2M", "3", "71.0", "+2.0 [+1.0, +3.0]", "-2.0 [-3.0, -1.0]", *["0.40 / 0.50"] * 3]
+    assert cells == ["16", "2,000,000", "3", "71.0", "+2.0 [+1.0, +3.0]", "-2.0 [-3.0, -1.0]", *["0.40 / 0.50"] * 3]
     cells = [cell.strip() for cell in study.table(parts["width"], unpaired).splitlines()[4].strip("|").split("|")]
     assert cells[2:5] == ["2", "70.5", "+1.5 [+1.0, +2.0]"]
     assert study.table(parts["width"], [result | {"lr": 0.5} for result in results]) == ""
@@ -200,7 +200,7 @@ def test_parts_share_their_runs() -> None:
 # ---- The script ------------------------------------------------------------------------------------------------------
 
 TINY = ["--widths", "16", "--layers", "1", "--sparsity", "0.9", "--scratch_width", "16", "--hessian_widths", "16"]
-TINY += ["--train_rows", "16", "--scratch_rows", "64", "--hessian_rows", "1"]
+TINY += ["--train_rows", "16", "--scratch_rows", "160", "--hessian_rows", "1"]
 
 
 def test_script_on_the_demos_rows(

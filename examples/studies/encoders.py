@@ -80,8 +80,7 @@ def scratch_encoder(num_labels: int, width: int, layers: int, vocab_size: int, m
     Raises:
         UsageError: For another width, or no layer.
     """
-    if width != 16 and (width < 32 or width % 32):
-        raise UsageError(f"width={width!r}: expected 16 or a multiple of 32")
+    check_width(width)
     if layers < 1:
         raise UsageError(f"layers={layers!r}: expected at least 1")
     config = BertConfig(
@@ -94,6 +93,16 @@ def scratch_encoder(num_labels: int, width: int, layers: int, vocab_size: int, m
     )
     config.num_labels = num_labels
     return BertForSequenceClassification(config)
+
+
+def check_width(width: int) -> None:
+    """Refuse a width that :func:`scratch_encoder` cannot make.
+
+    Raises:
+        UsageError: If it is neither 16 nor a multiple of 32.
+    """
+    if width != 16 and (width < 32 or width % 32):
+        raise UsageError(f"width={width!r}: expected 16 or a multiple of 32")
 
 
 def used_tokens(*parts: datasets.Dataset) -> list[int]:
