@@ -53,6 +53,16 @@ METHODS: dict[str, dict[str, Any]] = {
 BASELINE = "AdamW"
 ORDERS = (2, 3, 4)
 """Of the Hessian moments."""
+PARTS = {
+    "width": ("from scratch, 2 layers", "width"),
+    "label_noise": ("from scratch", "label noise"),
+    "snip": ("from scratch, SNIP mask", "sparsity"),
+    "layers": ("packaged encoder", "layers"),
+    "weight_decay": ("from scratch", "weight decay"),
+    "random": ("from scratch, random mask", "sparsity"),
+    "hessian": ("from scratch, 2 layers, Hessian measured", "width"),
+}
+"""Title and axis of the parts."""
 LAMBDA_MAX_ROWS = 64
 """For the largest eigenvalue of the Hessian."""
 
@@ -142,18 +152,6 @@ class StudyArguments:
                     raise UsageError(f"{name}={value!r}: expected whole numbers from {low} on")
 
 
-PARTS = {
-    "width": ("from scratch, 2 layers", "width"),
-    "label_noise": ("from scratch", "label noise"),
-    "snip": ("from scratch, SNIP mask", "sparsity"),
-    "layers": ("packaged encoder", "layers"),
-    "weight_decay": ("from scratch", "weight decay"),
-    "random": ("from scratch, random mask", "sparsity"),
-    "hessian": ("from scratch, 2 layers, Hessian measured", "width"),
-}
-"""Title and axis of the parts."""
-
-
 def make_parts(arguments: StudyArguments, task: str) -> dict[str, Part]:
     """Return the parts, in the order in which they were asked for."""
     pretrained = {"task": task, "train_rows": arguments.train_rows, "lr": arguments.lr}
@@ -163,7 +161,7 @@ def make_parts(arguments: StudyArguments, task: str) -> dict[str, Part]:
         return {**scratch, "layers": 2, "width": width, **settings}
 
     def changed(name: str, value: float, **others: Any) -> dict[str, Any]:
-        return from_scratch(**{name: value}, **others) if value else from_scratch()
+        return {**from_scratch(), **({name: value, **others} if value else {})}
 
     levels: dict[str, dict[str, dict[str, Any]]] = {
         "layers": {str(layers): {**pretrained, "layers": layers} for layers in arguments.layers},
