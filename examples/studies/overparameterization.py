@@ -51,8 +51,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "LightSAM-Adam": {"optim": "lightsam_adam", "rho": 0.05},
 }
 BASELINE = "AdamW"
-ORDERS = (2, 3, 4)
-"""Of the Hessian moments."""
 PARTS = {
     "width": ("from scratch, 2 layers", "width"),
     "label_noise": ("from scratch", "label noise"),
@@ -63,6 +61,8 @@ PARTS = {
     "hessian": ("from scratch, 2 layers, Hessian measured", "width"),
 }
 """Title and axis of the parts."""
+ORDERS = (2, 3, 4)
+"""Of the Hessian moments."""
 LAMBDA_MAX_ROWS = 64
 """For the largest eigenvalue of the Hessian."""
 
@@ -276,8 +276,8 @@ def table(part: Part, results: Sequence[Result]) -> str:
         summaries = gains(by_method)
         if BASELINE not in summaries:
             continue
-        weights = next(iter(by_method[BASELINE].values()))["parameters"]
-        cells = [label, f"{weights:,}", str(len(summaries[BASELINE].scores))]
+        weights = statistics.fmean(result["parameters"] for result in by_method[BASELINE].values())
+        cells = [label, f"{weights:,.0f}", str(len(summaries[BASELINE].scores))]
         cells.append(f"{100 * summaries[BASELINE].mean:.1f}")
         cells += [_gain(summaries.get(name)) for name in others]
         cells += [f"{_mean(by_method[name], 'train_loss')} / {_mean(by_method[name], 'eval_loss')}" for name in METHODS]
