@@ -67,7 +67,7 @@ class LightSAMTrainingArguments(TrainingArguments):
             Default: ``"global"``.
         rho_schedule: LightSAM, ``sam``, ``asam``, ``adasam`` and ``monge_sam`` only. ``"lr"``: the radius follows the
             learning rate's schedule, warm-up and decay. Default: ``"constant"``.
-        adaptive_rho: The same methods only. Keep the perturbation no longer than a tenth of the last descent step, so
+        adaptive_rho: The same methods only. Keep the perturbation no longer than 3 % of the last descent step, so
             that a ``rho`` that is too large does no harm; the radius in use is logged as ``rho``. Default: false.
         bias_correction: ``lightsam_adam`` and ``lightsam`` only. Correct the bias of the moments, as Adam does, in
             movements of that form. Default: true, except with ``rho_scale="coordinate"``, which is the paper to the
@@ -152,7 +152,7 @@ class LightSAMTrainingArguments(TrainingArguments):
     adaptive_rho: bool | None = field(
         default=None,
         metadata={
-            "help": "LightSAM, sam, asam, adasam, monge_sam only. Keep the perturbation no longer than a tenth of the "
+            "help": "LightSAM, sam, asam, adasam, monge_sam only. Keep the perturbation no longer than 0.03 times the "
             "last descent step, so that a rho that is too large does no harm. Default: false."
         },
     )

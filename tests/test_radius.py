@@ -56,7 +56,7 @@ def take_step(optimizer: SharpnessAwareOptimizer, x: Tensor, objective: Callable
 
 def test_sam_over_sgd_is_the_rule_in_numpy() -> None:
     """Warm-up and decay of the learning rate, a radius that is now too large and now not."""
-    rates, rho, lr = [0.05, 0.2, 0.4, 0.4, 0.3, 0.1], 0.05, 0.4
+    rates, rho, lr = [0.05, 0.2, 0.4, 0.4, 0.3, 0.1], 0.015, 0.4
     x = np.array([1.0, -1.0, 2.0])
     last_step = 0.0
     expected = []

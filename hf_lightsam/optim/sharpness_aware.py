@@ -75,7 +75,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             the whole perturbation.
         rho_schedule: ``"constant"``, or ``"lr"``: the radius of each group is ``rho * lr / initial_lr``, so that it
             warms up and decays as the learning rate does under one of torch's schedulers. Beyond the papers.
-        adaptive_rho: Keep the whole perturbation no longer than a tenth of the last descent step
+        adaptive_rho: Keep the whole perturbation no longer than 3 % of the last descent step
             (:data:`~hf_lightsam.optim.radius.STEP_SHARE`), both over the perturbed weights; ``rho`` is then the most
             that it may be. The first step has no perturbation. Beyond the papers.
         **defaults: Further options of the groups, for subclasses to show what they are.
