@@ -74,7 +74,8 @@ class SharpnessAwareMixin(_Base):
 
     Logged with each ``loss``, which is the clean one (at the unperturbed weights): ``perturbed_loss``; ``sharpness``,
     their difference; ``ascent_grad_norm``; means over the steps since the last log; and ``perturbation_norm``, the
-    length of the whole perturbation, a mean over the steps on which it was measured.
+    length of the whole perturbation, a mean over the steps on which it was measured. With ``adaptive_rho`` or
+    ``rho_schedule="lr"`` also ``rho``, the radius in use.
 
     The step is that of one large batch, however it is cut into micro-batches and spread over ranks: also where a last
     micro-batch is shorter and the loss ignores ``num_items_in_batch``. (``average_tokens_across_devices=False`` makes
