@@ -208,7 +208,12 @@ def test_a_block_runs_prints_and_goes_on(
     def instead(settings: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
         made.append(settings)
         score = 0.5 if (settings["rho"] or 0.0) > 0.1 else 0.7 + settings["lr"]
-        return {**settings, "score": score, "parameters": 6e6 * settings["layers"], "seconds": 3600.0}
+        return {
+            **settings,
+            "score": score,
+            "parameters": 6e6 * settings["layers"] + settings["width"],
+            "seconds": 3600.0,
+        }
 
     monkeypatch.setattr(sensitivity, "fine_tune", instead)
     flags = ["--results_dir", str(tmp_path), "--seeds", "0", "1"]
@@ -225,7 +230,10 @@ def test_a_block_runs_prints_and_goes_on(
     sensitivity.main(["--block", "grid", *flags])
     assert len(made) == before
     sensitivity.main(["--block", "scales", *flags])
-    assert "coordinate, bias corrected | seeds" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| demo, coordinate, bias corrected | seeds | rho 1e-07 |" in out
+    assert "| 12.0M weights from scratch, lr 0.0015 | 2 | 0.70" in out
+    assert "| 36.0M weights pretrained, lr 5e-05 | 2 | 0.70" in out
 
 
 def test_the_synthetic_problem() -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import torch
-from encoders import keep_embeddings, pretrained_encoder, renumbered, used_tokens
+from encoders import keep_embeddings, pretrained_encoder, renumbered, scratch_encoder, used_tokens
 from transformers import AutoTokenizer, PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
@@ -37,8 +37,9 @@ class Run:
         train_rows: Training rows, drawn by ``seed``; 0 for all.
         label_noise: Share of the training rows whose label is drawn anew, all classes alike likely (symmetric noise;
             of two classes, half of these stay right).
-        layers: Layers of the packaged encoder.
-        widen: Factor on its width.
+        layers: Layers of the packaged encoder, or of the one from scratch.
+        widen: Factor on the packaged encoder's width.
+        width: Of a Transformer from scratch; 0: the packaged encoder.
         optim: ``optim`` flag: one of the family, or one of Transformers' own.
         rho: Radius; None where the optimizer has none.
         optim_args: Further options of the optimizer.
@@ -56,6 +57,7 @@ class Run:
     label_noise: float = 0.0
     layers: int = 6
     widen: int = 1
+    width: int = 0
     optim: str = "lightsam_adam"
     rho: float | None = None
     optim_args: str = ""
@@ -153,6 +155,9 @@ def with_noise(rows: datasets.Dataset, task: GlueTask, share: float, seed: int) 
 def make_model(run: Run, rows: Rows) -> PreTrainedModel:
     """Return the model that a run starts from; its classifier is drawn by the run's seed."""
     set_seed(run.seed)
+    if run.width:
+        longest = max(len(ids) for part in (rows.train, rows.evaluation) for ids in part["input_ids"])
+        return scratch_encoder(rows.task.num_labels, run.width, run.layers, len(rows.used), longest)
     model = pretrained_encoder(rows.task.num_labels, run.layers, run.widen)
     keep_embeddings(model, rows.used)
     return model

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from encoders import check_width
 from finetuning import DEMO, Run, fine_tune, has_radius
 from grids import Grid, draw, summary, table, transfer
 from record import Result, read, run_missing
@@ -41,6 +42,7 @@ from transformers import HfArgumentParser
 
 from hf_lightsam import UsageError
 from hf_lightsam.errors import report_usage_errors
+from hf_lightsam.glue.suite.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 REAL, SYNTHETIC = "sensitivity.jsonl", "sensitivity_synthetic.jsonl"
@@ -71,18 +73,25 @@ REMEDIES: dict[str, dict[str, Any]] = {
 """What changes in a run of LightSAM-III, by remedy. The ascent of form II shrinks as 1 / sqrt(t)."""
 
 SAFEGUARD = "adaptive radius"
-REMEDY_LR, REMEDY_RHO = (DEFAULT_LR,), (5e-3, 5e-2, 0.5, 5.0)
+REMEDY_RHO = RHO[1:]
 SYNTHETIC_LR = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 SYNTHETIC_RHO = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 SYNTHETIC_REMEDY_LR, SYNTHETIC_REMEDY_RHO = (1e-2, 1e-1), SYNTHETIC_RHO
-SIZES = ({"layers": 1}, {"layers": 2}, {"layers": 6}, {"layers": 2, "widen": 2})
+SCRATCH = {"train_rows": 8000, "layers": 2, "batch_size": 32, "lr": 1.5e-3}
+"""What a small Transformer from scratch needs."""
+
+SIZES: tuple[dict[str, Any], ...] = (
+    {**SCRATCH, "width": 32},
+    {**SCRATCH, "width": 64},
+    {**SCRATCH, "width": 256},
+    {"train_rows": 1000, "layers": 6, "lr": 5e-5},
+)
 SCALES: dict[str, tuple[str, tuple[float, ...]]] = {
     "coordinate": ("rho_scale=coordinate", (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)),
     "coordinate, bias corrected": ("rho_scale=coordinate,bias_correction=true", (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)),
     "global, no bias correction": ("bias_correction=false", RHO),
     "global": ("", RHO),
 }
-SCALE_LR = 5e-4
 
 BLOCKS = ("grid", "scales", "remedies", "safeguard", "synthetic")
 TOLERANCE = 0.01
@@ -101,9 +110,14 @@ class StudyArguments:
     data_dir: str | None = field(default=None, metadata={"help": "GLUE's TSV files."})
     train_rows: int = field(default=1000, metadata={"help": "Training rows, drawn by the seed; 0: all."})
     layers: int = field(default=6, metadata={"help": "Layers of the encoder (of the block scales: its own)."})
+    width: int = field(default=0, metadata={"help": "Of an encoder from scratch; 0: the packaged one."})
+    batch_size: int = field(default=16, metadata={"help": "Rows of a step."})
     num_epochs: float = field(default=2.0, metadata={"help": "Passes over the training rows."})
     lr: list[float] = field(default_factory=lambda: list(LR), metadata={"help": "Learning rates of the grid."})
     rho: list[float] = field(default_factory=lambda: list(RHO), metadata={"help": "Radii of the grid."})
+    remedy_lr: list[float] = field(
+        default_factory=lambda: [DEFAULT_LR], metadata={"help": "Learning rates of remedies and safeguard."}
+    )
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods of the grid."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds."})
     num_processes: int = field(default=1, metadata={"help": "Runs side by side, one thread each."})
@@ -151,8 +165,7 @@ def scale_points(base: Run) -> Iterator[Run]:
     for size in SIZES:
         for optim_args, radii in SCALES.values():
             for rho in radii:
-                changes: dict[str, Any] = {**size, "optim_args": optim_args, "rho": rho, "lr": SCALE_LR}
-                yield dataclasses.replace(base, optim="lightsam_adam", **changes)
+                yield dataclasses.replace(base, optim="lightsam_adam", optim_args=optim_args, rho=rho, **size)
 
 
 def points(arguments: StudyArguments, block: str) -> list[Any]:
@@ -169,15 +182,17 @@ def points(arguments: StudyArguments, block: str) -> list[Any]:
             task=arguments.task_name or (DEMO if arguments.data_dir is None else "sst2"),
             train_rows=arguments.train_rows,
             layers=arguments.layers,
+            width=arguments.width,
+            batch_size=arguments.batch_size,
             num_epochs=arguments.num_epochs,
             seed=seed,
         )
         if block == "grid":
             found += grid_points(base, arguments.methods, arguments.lr, arguments.rho)
         elif block == "remedies":
-            found += remedy_points(base, REMEDY_LR, REMEDY_RHO)
+            found += remedy_points(base, arguments.remedy_lr, REMEDY_RHO)
         elif block == "safeguard":
-            found += safeguard_points(base, arguments.methods, REMEDY_LR, REMEDY_RHO)
+            found += safeguard_points(base, arguments.methods, arguments.remedy_lr, REMEDY_RHO)
         elif block == "scales":
             found += scale_points(base)
     return found
@@ -193,11 +208,13 @@ def check(arguments: StudyArguments) -> None:
         for value in getattr(arguments, name):
             if value not in accepted:
                 raise UsageError(f"{name}={value!r}: expected some of {', '.join(accepted)}")
-    for name, allowed in (("lr", LR), ("rho", RHO)):
+    for name, allowed in (("lr", LR), ("rho", RHO), ("remedy_lr", LR)):
         for value in getattr(arguments, name):
             if value not in allowed:
                 raise UsageError(f"{name}={value!r}: expected some of the grid's {', '.join(map(str, allowed))}")
-    for name in ("num_processes", "layers"):
+    if arguments.width:
+        check_width(arguments.width)
+    for name in ("num_processes", "layers", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"{name}={getattr(arguments, name)!r}: expected at least 1")
     if arguments.train_rows < 0:
@@ -230,10 +247,13 @@ class Scores:
     def _key(run: Any) -> Any:
         return dataclasses.replace(run, seed=0)
 
+    def made(self, run: Any) -> list[Result]:
+        """Return the results of a run, one a seed."""
+        return self.results.get(self._key(run), [])
+
     def of(self, run: Any) -> list[float]:
         """Return the scores of a run, one a seed."""
-        found = self.results.get(self._key(run), [])
-        return [self.worst if result["score"] is None else result["score"] for result in found]
+        return [self.worst if result["score"] is None else result["score"] for result in self.made(run)]
 
     def mean(self, run: Any) -> float:
         """Return the mean over seeds; NaN if the run was not made."""
@@ -280,6 +300,8 @@ class Problem:
         lines: list[str] = []
         for lr in self.remedy_rates:
             runs = list(remedy_points(self.base, [lr], self.remedy_radii))
+            if not any(self.scores.of(run) for run in runs[len(self.remedy_radii) :]):  # the first is no remedy
+                continue
             rows = [
                 runs[start : start + len(self.remedy_radii)] for start in range(0, len(runs), len(self.remedy_radii))
             ]
@@ -290,6 +312,8 @@ class Problem:
         """Return the table of all methods with and without the adaptive radius, by radius."""
         lines: list[str] = []
         for lr in self.remedy_rates:
+            if not any(map(self.scores.of, safeguard_points(self.base, METHODS, [lr], self.remedy_radii))):
+                continue
             rows: dict[str, list[Any]] = {}
             for name, optim in METHODS.items():
                 if has_radius(optim):
@@ -321,13 +345,13 @@ def problems(folder: Path) -> list[Problem]:
     """Return the problems of which a folder has results."""
     found = []
     real = read(folder / REAL)
-    names = ("task", "train_rows", "layers", "num_epochs", "widen")
+    names = ("task", "train_rows", "layers", "widen", "width", "batch_size", "num_epochs")
     scores = Scores(real, Run, worst=0.0)
     for shared in dict.fromkeys(tuple(result[name] for name in names) for result in real):
         base = Run(**dict(zip(names, shared, strict=True)))
-        parameters = next(r["parameters"] for r in real if all(r[n] == v for n, v in zip(names, shared, strict=True)))
-        title = f"{base.task}, {base.train_rows or 'all'} rows, {parameters / 1e6:.1f}M weights"
-        found.append(Problem(title, base, scores, LR, RHO, REMEDY_LR, REMEDY_RHO, TOLERANCE))
+        one = next(result for result in real if all(result[n] == v for n, v in zip(names, shared, strict=True)))
+        title = f"{base.task}, {base.train_rows or 'all'} rows, {size_of(one)}"
+        found.append(Problem(title, base, scores, LR, RHO, LR, REMEDY_RHO, TOLERANCE))
     easy = Scores(read(folder / SYNTHETIC), SyntheticRun, worst=WORST)
     if easy.results:
         options = (SYNTHETIC_LR, SYNTHETIC_RHO, SYNTHETIC_REMEDY_LR, SYNTHETIC_REMEDY_RHO, SYNTHETIC_TOLERANCE)
@@ -340,19 +364,23 @@ def scales(folder: Path) -> list[str]:
     real = read(folder / REAL)
     scores = Scores(real, Run, worst=0.0)
     lines: list[str] = []
-    for task, train_rows, num_epochs in dict.fromkeys((r["task"], r["train_rows"], r["num_epochs"]) for r in real):
-        runs = list(scale_points(Run(task=task, train_rows=train_rows, num_epochs=num_epochs)))
-        for index, name in enumerate(SCALES):
-            rows = {}
-            for size_index, size in enumerate(SIZES):
-                start = (size_index * len(SCALES) + index) * len(RHO)
-                part = runs[start : start + len(RHO)]
-                made = next((r for run in part for r in scores.results.get(dataclasses.replace(run, seed=0), [])), None)
+    for task in dict.fromkeys(result["task"] for result in real):
+        runs = iter(scale_points(Run(task=task)))
+        rows: dict[str, dict[str, tuple[Sequence[Any], Scores]]] = {name: {} for name in SCALES}
+        for _ in SIZES:
+            for name in SCALES:
+                part = list(itertools.islice(runs, len(RHO)))
+                made = next((result for run in part for result in scores.made(run)), None)
                 if made is not None:
-                    described = ", ".join(f"{key} {value}" for key, value in size.items())
-                    rows[f"{described} ({made['parameters'] / 1e6:.1f}M weights)"] = (part, scores)
-            lines += by_radius(f"{task}, {train_rows} rows, lr {SCALE_LR:g}: {name}", rows)
+                    rows[name][f"{size_of(made)}, lr {made['lr']:g}"] = (part, scores)
+        for name, of_name in rows.items():
+            lines += by_radius(f"{task}, {name}", of_name)
     return lines
+
+
+def size_of(result: Result) -> str:
+    """Return what to call the model of a run."""
+    return f"{result['parameters'] / 1e6:.1f}M weights {'from scratch' if result['width'] else 'pretrained'}"
 
 
 def parts(folder: Path) -> dict[str, str]:
@@ -387,6 +415,23 @@ def parts(folder: Path) -> dict[str, str]:
         seconds = sum(result["seconds"] for result in results)
         tables["time"].append(f"`{name}`: {len(results)} runs, {seconds / 3600:.1f} hours of training in all.")
     return {name: "\n".join(lines).strip() for name, lines in tables.items()}
+
+
+def short_table(folder: Path) -> str:
+    """Return the README's table: of each task of which there is a whole grid, one line a method."""
+    header = ["task", "method", "best score", "median of the grid", "share of the grid close to the best", "default"]
+    lines = []
+    for problem in problems(folder):
+        grids = problem.grids()
+        if len(grids) < len(METHODS) or not isinstance(problem.base, Run):
+            continue
+        best = max(grid.means[grid.best] for grid in grids.values())
+        for name, grid in grids.items():
+            default = grid.means.get((DEFAULT_RHO if has_radius(METHODS[name]) else None, DEFAULT_LR), math.nan)
+            share = f"{grid.share_within(problem.tolerance, best):.0%}"
+            numbers = [f"{value:.3f}" for value in (grid.means[grid.best], grid.median, default)]
+            lines.append([problem.title, name, *numbers[:2], share, numbers[2]])
+    return markdown(header, lines, numbers_from=2)
 
 
 def all_grids(folder: Path) -> str:
