@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from encoders import check_width, scratch_encoder
+from encoders import check_width
 from finetuning import DEMO, Rows, Run, load_rows, make_model, make_trainer, outcome, quiet
 from masks import hold_at_zero, make_mask, maskable
 from record import Result, read, run_missing
-from transformers import HfArgumentParser, PreTrainedModel, set_seed
+from transformers import HfArgumentParser
 
 from hf_lightsam import LightSAMTrainer, UsageError
 from hf_lightsam.errors import report_usage_errors
@@ -72,14 +72,12 @@ class Cell(Run):
     """A run of this study.
 
     Attributes:
-        width: Of a Transformer from scratch with ``layers`` layers; 0: the packaged encoder.
         mask: ``random`` or ``snip``, for a ``sparsity`` above 0; see ``masks.py``.
         sparsity: Share of the encoder's matrices that is zero from the start.
         hessian_rows: Measure the Hessian moments of the trained model on so many training rows, and the largest
             eigenvalue on 64; 0: neither.
     """
 
-    width: int = 0
     mask: str = ""
     sparsity: float = 0.0
     hessian_rows: int = 0
@@ -201,7 +199,7 @@ def run_cell(settings: Mapping[str, Any], data_dir: str | None = None) -> Result
     quiet()
     cell = Cell(**settings)
     rows = load_rows(cell.task, data_dir, cell.train_rows, cell.label_noise, cell.seed)
-    model = _make_model(cell, rows)
+    model = make_model(cell, rows)
     trainer = make_trainer(cell, rows, model)
     if cell.sparsity:
         mask = make_mask(model, cell.mask, cell.sparsity, cell.seed, _batch(trainer, rows, 64))
@@ -213,14 +211,6 @@ def run_cell(settings: Mapping[str, Any], data_dir: str | None = None) -> Result
     result = {**cell.settings(), **outcome(trainer, rows.task), "zeros": zeros, **_hessian(cell, trainer, rows)}
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return {**result, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
-
-
-def _make_model(cell: Cell, rows: Rows) -> PreTrainedModel:
-    if not cell.width:
-        return make_model(cell, rows)
-    set_seed(cell.seed)
-    longest = max(len(ids) for part in (rows.train, rows.evaluation) for ids in part["input_ids"])
-    return scratch_encoder(rows.task.num_labels, cell.width, cell.layers, len(rows.used), longest)
 
 
 def _batch(trainer: LightSAMTrainer, rows: Rows, size: int) -> dict[str, torch.Tensor]:
@@ -266,7 +256,11 @@ def gains(by_method: Mapping[str, Mapping[int, Result]]) -> dict[str, Summary]:
 
 
 def table(part: Part, results: Sequence[Result]) -> str:
-    """Return a part's scores and gains in Markdown, in points (hundredths), one line a level; empty without any."""
+    """Return a part's scores and gains in Markdown, in points (hundredths), one line a level.
+
+    Empty where there is nothing to compare: without results, or with those of the first of several levels only, which
+    parts share.
+    """
     others = [name for name in METHODS if name != BASELINE]
     head = [part.axis, "weights", "seeds", f"{BASELINE}: score", *(f"{name}: gain" for name in others)]
     head += [f"{name}: loss, train / dev" for name in METHODS]
@@ -282,7 +276,7 @@ def table(part: Part, results: Sequence[Result]) -> str:
         cells += [_gain(summaries.get(name)) for name in others]
         cells += [f"{_mean(by_method[name], 'train_loss')} / {_mean(by_method[name], 'eval_loss')}" for name in METHODS]
         lines.append("| " + " | ".join(cells) + " |")
-    if not lines:
+    if len(lines) < min(2, len(part.levels)):
         return ""
     return "\n".join(
         [f"### {part.title}: {part.axis}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]
@@ -293,7 +287,7 @@ def _gain(summary: Summary | None) -> str:
     if summary is None or not summary.differences:
         return ""
     low, high = summary.interval()
-    interval = "" if math.isnan(low) else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    interval = " (one seed)" if math.isnan(low) else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
     return f"{100 * summary.difference:+.1f}{interval}"
 
 
