@@ -397,7 +397,7 @@ def parts(folder: Path) -> dict[str, str]:
     }
     for problem in found:
         grids = problem.grids()
-        if grids:
+        if len(grids) == len(METHODS):
             radii = {name: DEFAULT_RHO if has_radius(METHODS[name]) else None for name in grids}
             defaults = {name: (rho, DEFAULT_LR) for name, rho in radii.items()}
             tables["grids"] += [f"**{problem.title}**", "", summary(grids, defaults, problem.tolerance), ""]
@@ -405,7 +405,11 @@ def parts(folder: Path) -> dict[str, str]:
             if rows:
                 tables[name] += [f"**{problem.title}**", "", *rows]
     for chosen_on, judged_on in itertools.permutations(found, 2):
-        if isinstance(chosen_on.base, Run) and isinstance(judged_on.base, Run):
+        if (
+            isinstance(chosen_on.base, Run)
+            and isinstance(judged_on.base, Run)
+            and chosen_on.base.task != judged_on.base.task
+        ):
             of_both = transfer(chosen_on.grids(), judged_on.grids())
             if of_both:
                 tables["transfer"] += [f"**chosen on {chosen_on.title}, judged on {judged_on.title}**", "", of_both, ""]
