@@ -121,6 +121,7 @@ def test_learning_rate_is_chosen_by_held_out_rows_alone() -> None:
         result("sam", 0, 1.0, 0.1, lr=3e-3),
     ]
     assert low_data.chosen_rates(results, "sst2") == {"sam": 1e-4, "lets_sam": 1e-4}
+    assert "| SAM | 0.0001 | 0.0001: 70.0 (2), 0.001: 65.0 (2) |" in low_data.table(results)
 
 
 def test_scores_have_no_noise_and_methods_share_all_settings_but_their_own() -> None:

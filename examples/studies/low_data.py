@@ -357,12 +357,12 @@ def _rate_table(results: Sequence[Result], task: str) -> list[str]:
         by_rate: dict[float, list[float]] = {}
         for result in sorted((r for r in searched if r["optim"] == optim), key=lambda r: float(r["lr"])):
             by_rate.setdefault(result["lr"], []).append(score(result))
-        tried = ", ".join(f"{lr:g}: {statistics.fmean(values):.1f}" for lr, values in by_rate.items())
+        tried = ", ".join(f"{lr:g}: {statistics.fmean(values):.1f} ({len(values)})" for lr, values in by_rate.items())
         lines.append([METHODS[optim], f"{rates[optim]:g}", tried])
     title = (
         f"Learning rates, chosen by the mean on held-out training rows, seeds {SEARCH_SEEDS[0]} and {SEARCH_SEEDS[1]}:"
     )
-    return [title, "", *_rows(["method", "chosen", "rate: score"], lines)] if lines else []
+    return [title, "", *_rows(["method", "chosen", "rate: score (runs)"], lines)] if lines else []
 
 
 def _present(grouped: Grouped) -> list[str]:
