@@ -178,9 +178,20 @@ def test_gains_are_paired_by_seed() -> None:
     results = results_of(parts, {"AdamW": 0.0, "SAM": 0.01, "LightSAM-Adam": -0.01})
     unpaired = [result for result in results if not (result["optim"] == "adamw_torch_fused" and result["seed"] == 2)]
     cells = [cell.strip() for cell in study.table(parts["width"], results).splitlines()[4].strip("|").split("|")]
-    assert cells == ["16", "2,000,000", "3", "71.0", "+2.0 [+1.0, +3.0]", "-2.0 [-3.0, -1.0]", *["0.40 / 0.50"] * 3]
+    assert cells == [
+        "16",
+        "2,000,000",
+        "3",
+        "71.0",
+        "+2.0 [+1.0, +3.0]",
+        "-2.0 [-3.0, -1.0]",
+        *["0.40 / 0.50"] * 3,
+        "0 / 0 / 0",
+    ]
     cells = [cell.strip() for cell in study.table(parts["width"], unpaired).splitlines()[4].strip("|").split("|")]
     assert cells[2:5] == ["2", "70.5", "+1.5 [+1.0, +2.0]"]
+    stuck = [result | {"train_loss": 0.691} if result["optim"] == "sam" else result for result in results]
+    assert study.table(parts["width"], stuck).endswith("| 0 / 3 / 0 |")
     assert study.table(parts["width"], [result | {"lr": 0.5} for result in results]) == ""
 
 
@@ -269,7 +280,7 @@ def test_bad_input(flags: list[str], told: str, tmp_path: Path, capsys: pytest.C
     assert not path.exists()
 
 
-def test_committed_results() -> None:
+def test_committed_results(tmp_path: Path) -> None:
     """All of one form: every line is a run of the study, and no run is there twice."""
     import overparameterization as study
     import record
@@ -279,4 +290,7 @@ def test_committed_results() -> None:
     keys = [tuple(result[name] for name in names) for result in results]
     assert len(keys) == len(set(keys)) > 0
     assert all(0.0 <= result["score"] <= 1.0 for result in results)
-    assert "## sst2" in study.report(study.StudyArguments(table=True, results=str(study.RESULTS)), results)
+    # The picture is drawn beside the results that are named.
+    arguments = study.StudyArguments(table=True, results=str(tmp_path / "r.jsonl"))
+    assert "## sst2" in study.report(arguments, results)
+    assert (tmp_path / "r_sst2.png").is_file()

@@ -39,6 +39,7 @@ from transformers import HfArgumentParser
 
 from hf_lightsam import LightSAMTrainer, UsageError
 from hf_lightsam.errors import report_usage_errors
+from hf_lightsam.glue import get_task
 from hf_lightsam.glue.suite.statistics import Summary, summarize
 from hf_lightsam.plots import new_figure
 from hf_lightsam.sharpness import HessianOperator, hessian_eigenvalues, hessian_moments
@@ -255,6 +256,15 @@ def gains(by_method: Mapping[str, Mapping[int, Result]]) -> dict[str, Summary]:
     return {name: summarize(own, None if name == BASELINE else scores[BASELINE]) for name, own in scores.items() if own}
 
 
+def is_untrained(result: Result) -> bool:
+    """Return whether a run ended where it began: its training loss is not 2 % below that of guessing a class.
+
+    Such runs, not flatness, are then what a difference of means comes from.
+    """
+    num_labels = get_task("cola" if result["task"] == DEMO else result["task"]).num_labels
+    return result["train_loss"] is None or result["train_loss"] > 0.98 * math.log(max(2, num_labels))
+
+
 def table(part: Part, results: Sequence[Result]) -> str:
     """Return a part's scores and gains in Markdown, in points (hundredths), one line a level.
 
@@ -263,7 +273,7 @@ def table(part: Part, results: Sequence[Result]) -> str:
     """
     others = [name for name in METHODS if name != BASELINE]
     head = [part.axis, "weights", "seeds", f"{BASELINE}: score", *(f"{name}: gain" for name in others)]
-    head += [f"{name}: loss, train / dev" for name in METHODS]
+    head += [f"{name}: loss, train / dev" for name in METHODS] + ["untrained: " + " / ".join(METHODS)]
     lines = []
     for label, level in part.levels.items():
         by_method = found(results, level)
@@ -275,6 +285,7 @@ def table(part: Part, results: Sequence[Result]) -> str:
         cells.append(f"{100 * summaries[BASELINE].mean:.1f}")
         cells += [_gain(summaries.get(name)) for name in others]
         cells += [f"{_mean(by_method[name], 'train_loss')} / {_mean(by_method[name], 'eval_loss')}" for name in METHODS]
+        cells.append(" / ".join(str(sum(map(is_untrained, by_method[name].values()))) for name in METHODS))
         lines.append("| " + " | ".join(cells) + " |")
     if len(lines) < min(2, len(part.levels)):
         return ""
