@@ -102,8 +102,8 @@ def test_each_method_has_as_many_learning_rates_and_lets_takes_sams() -> None:
     points = list(low_data.search_points("sst2", low_data.StudyArguments()))
     rates = {optim: {p["lr"] for p in points if p["optim"] == optim} for optim in low_data.METHODS}
     assert rates["sam"] == rates[low_data.BASELINE] == set(low_data.RATES)
-    assert rates["lightsam_adagrad"] == {5e-3, 1e-2, 2e-2}
-    assert rates["adasam"] == {1e-4, 2e-4, 4e-4}
+    assert rates["lightsam_adagrad"] == {1.5e-4, 4.5e-4, 1.5e-3}
+    assert rates["adasam"] == {5e-6, 1.5e-5, 5e-5}
     assert rates["lets_sam"] == set()
     assert {p["seed"] for p in points} == set(low_data.SEARCH_SEEDS)
     assert {p["judge"] for p in points} == {low_data.HELD}
@@ -120,7 +120,7 @@ def test_learning_rate_is_chosen_by_held_out_rows_alone() -> None:
         result("sam", 101, 0.4, 0.1, lr=1e-3, **held),
         result("sam", 0, 1.0, 0.1, lr=3e-3),
     ]
-    assert low_data.chosen_rates(results, "sst2") == {"sam": 1e-4, "lets_sam": 1e-4}
+    assert low_data.chosen_rates(results, "sst2", 2) == {"sam": 1e-4, "lets_sam": 1e-4}
     assert "| SAM | 0.0001 | 0.0001: 70.0 (2), 0.001: 65.0 (2) |" in low_data.table(results)
 
 
@@ -222,7 +222,7 @@ def test_committed_results_give_the_tables() -> None:
     assert {one["seed"] for one in results if one["judge"] == low_data.HELD} <= set(low_data.SEARCH_SEEDS)
     for one in results:  # what is compared was trained at the learning rate that was chosen
         if one["judge"] == low_data.DEVELOPMENT:
-            assert one["lr"] == low_data.chosen_rates(results, one["task"])[one["optim"]]
+            assert one["lr"] == low_data.chosen_rates(results, one["task"], one["layers"])[one["optim"]]
 
 
 # ---- The script ------------------------------------------------------------------------------------------------------
