@@ -293,4 +293,5 @@ def test_committed_results(tmp_path: Path) -> None:
     # The picture is drawn beside the results that are named.
     arguments = study.StudyArguments(table=True, results=str(tmp_path / "r.jsonl"))
     assert "## sst2" in study.report(arguments, results)
+    study.draw_all(arguments, results)
     assert (tmp_path / "r_sst2.png").is_file()

@@ -361,13 +361,13 @@ def draw(parts: Mapping[str, Part], results: Sequence[Result], path: Path) -> No
 
 
 def report(arguments: StudyArguments, results: Sequence[Result]) -> str:
-    """Return all tables in Markdown, and draw a picture for each task beside the results.
+    """Return all tables in Markdown.
 
     Raises:
         UsageError: If no result is of a run that the arguments name.
     """
     texts = []
-    for task in [arguments.task] if arguments.task else sorted({result["task"] for result in results}):
+    for task in tasks_of(arguments, results):
         parts = make_parts(arguments, task)
         tables = [table(part, results) for name, part in parts.items() if name != "hessian"]
         tables = [text for text in (*tables, hessian_table(parts, results)) if text]
@@ -376,11 +376,21 @@ def report(arguments: StudyArguments, results: Sequence[Result]) -> str:
         of_task = [result for result in results if result["task"] == task]
         minutes, cpu_minutes = (sum(result[name] for result in of_task) / 60 for name in ("seconds", "cpu_seconds"))
         texts += [f"## {task}: {len(of_task)} runs, {minutes:.0f} minutes, {cpu_minutes:.0f} of a CPU", *tables]
-        path = Path(arguments.results)
-        draw(parts, results, path.with_name(f"{path.stem}_{task}.png"))
     if not texts:
         raise UsageError(f"results={arguments.results!r}: expected a file that holds runs of these settings")
     return "\n\n".join(texts)
+
+
+def tasks_of(arguments: StudyArguments, results: Sequence[Result]) -> list[str]:
+    """Return the task that was asked for, or those that have results."""
+    return [arguments.task] if arguments.task else sorted({result["task"] for result in results})
+
+
+def draw_all(arguments: StudyArguments, results: Sequence[Result]) -> None:
+    """Draw a picture for each task beside the results."""
+    path = Path(arguments.results)
+    for task in tasks_of(arguments, results):
+        draw(make_parts(arguments, task), results, path.with_name(f"{path.stem}_{task}.png"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -394,6 +404,7 @@ def main(argv: list[str] | None = None) -> None:
             function = functools.partial(run_cell, data_dir=arguments.data_dir)
             results = run_missing(points, function, arguments.results, arguments.num_processes)
         print(report(arguments, results))
+        draw_all(arguments, results)
 
 
 if __name__ == "__main__":
