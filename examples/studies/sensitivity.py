@@ -322,6 +322,22 @@ class Problem:
             lines += self._by_radius(f"lr {lr:g}", rows)
         return lines
 
+    def lengths(self) -> list[str]:
+        """Return the table of how long the perturbations were, on average over all steps and learning rates."""
+        if not isinstance(self.base, Run):
+            return []
+        lines = []
+        for name, optim in METHODS.items():
+            cells = []
+            for rho in self.radii:
+                runs = [dataclasses.replace(self.base, optim=optim, rho=rho, lr=lr) for lr in self.rates]
+                made = [result["perturbation_norm"] for run in runs for result in self.scores.made(run)]
+                known = [length for length in made if length is not None]
+                cells.append(f"{statistics.fmean(known):.2g}" if known else "")
+            if any(cells):
+                lines.append([name, *cells])
+        return [markdown(["method", *(f"rho {rho:g}" for rho in self.radii)], lines, numbers_from=1), ""]
+
     def _by_radius(self, title: str, rows: Mapping[str, Sequence[Any]]) -> list[str]:
         return by_radius(title, {name: (runs, self.scores) for name, runs in rows.items()})
 
@@ -392,15 +408,17 @@ def parts(folder: Path) -> dict[str, str]:
     found = problems(folder)
     if not found:
         raise UsageError(f"results_dir={str(folder)!r}: expected a folder that holds {REAL} or {SYNTHETIC}")
-    tables: dict[str, list[str]] = {
-        name: [] for name in ("grids", "transfer", "remedies", "safeguard", "units", "time")
-    }
+    names = ("grids", "lengths", "transfer", "remedies", "safeguard", "units", "time")
+    tables: dict[str, list[str]] = {name: [] for name in names}
     for problem in found:
         grids = problem.grids()
         if len(grids) == len(METHODS):
             radii = {name: DEFAULT_RHO if has_radius(METHODS[name]) else None for name in grids}
             defaults = {name: (rho, DEFAULT_LR) for name, rho in radii.items()}
             tables["grids"] += [f"**{problem.title}**", "", summary(grids, defaults, problem.tolerance), ""]
+            lengths = problem.lengths()
+            if lengths:
+                tables["lengths"] += [f"**{problem.title}**", "", *lengths]
         for name, rows in (("remedies", problem.remedies()), ("safeguard", problem.safeguard())):
             if rows:
                 tables[name] += [f"**{problem.title}**", "", *rows]
