@@ -223,6 +223,7 @@ def test_a_block_runs_prints_and_goes_on(
     out = capsys.readouterr().out
     assert "| SAM | 35 x 2 | 0.705 | 0.0005, 0.005 |" in out
     assert "| LightSAM-III, lr 5e-05 | seeds | rho 0.005 | rho 0.05 | rho 0.5 | rho 5 |" in out
+    assert "| SAM | 0.00013 | 0.0013 | 0.013 | 0.12 | 1.2 |" in out  # the lengths
     assert "| rho warms up | 2 | 0.700 | 0.700 | 0.500 | 0.500 |" in out
     assert f"{len(made)} runs, {len(made):.1f} hours" in out
     assert (tmp_path / "sensitivity.png").is_file()
@@ -277,3 +278,32 @@ def test_bad_input(flags: list[str], told: str, capsys: pytest.CaptureFixture[st
         sensitivity.main(flags)
     assert stopped.value.code == 2
     assert told in capsys.readouterr().err
+
+
+# ---- The committed results ------------------------------------------------------------------------------------------
+
+
+def test_pages_are_those_of_the_results() -> None:
+    import pages
+
+    pages.main(["--check"])
+
+
+def test_committed_grids_are_whole() -> None:
+    """Of each task that has a summary all methods have the same points: none was left out, or run twice."""
+    import record
+    import sensitivity
+    from finetuning import Run
+
+    for name in (sensitivity.REAL, sensitivity.SYNTHETIC):
+        results = record.read(sensitivity.RESULTS / name)
+        settings = Run().settings() if name == sensitivity.REAL else sensitivity.SyntheticRun().settings()
+        keys = [tuple(result[name] for name in settings) for result in results]
+        assert len(keys) == len(set(keys)) > 0
+    for problem in sensitivity.problems(sensitivity.RESULTS):
+        grids = problem.grids()
+        if len(grids) == len(sensitivity.METHODS):
+            rates = [set(grid.rates) for grid in grids.values()]
+            assert all(each == rates[0] for each in rates), problem.title
+            sizes = {len(grid.scores) for method, grid in grids.items() if method != "AdamW"}
+            assert len(sizes) == 1, problem.title

@@ -466,11 +466,11 @@ def all_grids(folder: Path) -> str:
 
 
 def draw_all(folder: Path) -> None:
-    """Draw the heatmaps beside the results: of fine-tunings in one picture, of the synthetic problem in another."""
+    """Draw the whole grids beside the results: of fine-tunings in one picture, of the synthetic problem in another."""
     for name, label in ((REAL, "score"), (SYNTHETIC, "decades that the gradient's norm fell")):
         kind = SyntheticRun if name == SYNTHETIC else Run
         rows = {problem.title: problem.grids() for problem in problems(folder) if isinstance(problem.base, kind)}
-        rows = {title: grids for title, grids in rows.items() if grids}
+        rows = {title: grids for title, grids in rows.items() if len(grids) == len(METHODS)}
         if rows:
             draw(rows, (folder / name).with_suffix(".png"), label)
 
