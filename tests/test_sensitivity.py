@@ -211,6 +211,7 @@ def test_a_block_runs_prints_and_goes_on(
         return {
             **settings,
             "score": score,
+            "perturbation_norm": settings["rho"] and settings["rho"] / 4,
             "parameters": 6e6 * settings["layers"] + settings["width"],
             "seconds": 3600.0,
         }
