@@ -308,3 +308,12 @@ def test_committed_grids_are_whole() -> None:
             assert all(each == rates[0] for each in rates), problem.title
             sizes = {len(grid.scores) for method, grid in grids.items() if method != "AdamW"}
             assert len(sizes) == 1, problem.title
+
+
+def test_no_method_of_the_synthetic_problem_has_weight_decay() -> None:
+    """SAM with a radius that is next to nothing is AdamW."""
+    from synthetic import SyntheticRun, minimize
+
+    adamw = minimize(SyntheticRun("adamw_torch_fused", lr=0.03, num_steps=200).settings())
+    sam = minimize(SyntheticRun("sam", rho=1e-9, lr=0.03, num_steps=200).settings())
+    assert sam["score"] == pytest.approx(adamw["score"], rel=1e-4)

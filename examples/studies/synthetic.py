@@ -45,8 +45,12 @@ def make_optimizer(run: SyntheticRun, weights: Tensor) -> torch.optim.Optimizer:
     if not has_radius(run.optim):
         return torch.optim.AdamW([weights], lr=run.lr, weight_decay=0.0, fused=True)
     recipe = get_recipe(run.optim)
+    # No weight decay anywhere: torch's AdamW, SAM's descent, would otherwise have one of 0.01.
     options = recipe.parse(run.optim_args) | ({} if run.rho is None else {"rho": run.rho})
-    return recipe.optimizer([weights], **recipe.arguments(run.lr, options))
+    optimizer = recipe.optimizer([weights], **recipe.arguments(run.lr, options))
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    return optimizer
 
 
 def minimize(settings: Mapping[str, Any]) -> dict[str, Any]:

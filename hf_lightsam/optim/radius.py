@@ -74,5 +74,9 @@ def shorten_(parameters: Sequence[Tensor], saved: Sequence[Tensor], longest: Ten
     share = torch.where(length > longest, longest / length, torch.ones_like(length))
     share = torch.where(torch.isfinite(longest), share, torch.zeros_like(share))
     for weights, origin in zip(local(parameters), local(saved), strict=True):
-        weights.lerp_(origin, (1 - share).to(weights.device, weights.dtype))
+        # From the origin on and in float32 at least: 1 - share, or a share in bfloat16, would lose what is small.
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        factor = share.to(weights.device, wide)
+        moved = torch.lerp(origin.to(wide), weights.to(wide), factor).to(weights.dtype)
+        weights.copy_(torch.where(factor == 1, weights, torch.where(factor == 0, origin, moved)))
     return share
