@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .errors import UsageError
+from .errors import UsageError, report_usage_errors
 
 
 def filled(text: str, name: str, content: str) -> str:
@@ -43,13 +43,16 @@ def write_or_check(
         argv: Command line; None: the program's.
 
     Raises:
-        SystemExit: With status 1 if ``--check`` finds a difference.
+        SystemExit: With status 1 if ``--check`` finds a difference; with status 2 if a file cannot be made, and then
+            none is written.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     asked = parser.parse_args(argv)
+    with report_usage_errors(parser.prog):
+        made = list(files)  # all of them before the first is written
     changed = []
-    for path, text in files:
+    for path, text in made:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             changed.append(str(path.relative_to(root)))
             if not asked.check:

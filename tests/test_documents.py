@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,15 @@ def test_check_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "page.md" in capsys.readouterr().err
     write_or_check([(path, "text")], tmp_path, "", ["--check"])
     assert "nothing has changed" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_made_leaves_all_as_they_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def files() -> Iterator[tuple[Path, str]]:
+        yield tmp_path / "first.md", "text"
+        yield tmp_path / "second.md", filled("", "a", "new")
+
+    with pytest.raises(SystemExit) as stopped:
+        write_or_check(files(), tmp_path, "", [])
+    assert stopped.value.code == 2
+    assert "no place for 'a'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -65,6 +65,13 @@ def test_an_unfinished_line_is_dropped_and_no_other(tmp_path: Path, rest: str) -
     assert [json.loads(line)["x"] for line in path.read_text().splitlines()] == [2]
 
 
+def test_what_is_no_number_is_null_wherever_it_is(tmp_path: Path) -> None:
+    import record
+
+    record.append(tmp_path / "r.jsonl", {"x": math.inf, "radii": [0.05, math.nan]})
+    assert record.read(tmp_path / "r.jsonl") == [{"x": None, "radii": [0.05, None]}]
+
+
 def test_a_broken_file_is_told(tmp_path: Path) -> None:
     import record
 

@@ -334,7 +334,7 @@ def draw(parts: Mapping[str, Part], results: Sequence[Result], path: Path) -> No
     figure = new_figure(3.6 * columns, 2.9 * lines)
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
     others = [name for name in METHODS if name != BASELINE]
-    for panel, part in zip(panels, shown, strict=False):
+    for part, panel in zip(shown, panels, strict=False):  # shown ends first: the panels that are left are taken below
         panel.axhline(0.0, color="0.6", linewidth=0.8)
         for index, name in enumerate(others):
             places, means, below, above = [], [], [], []

@@ -1,4 +1,4 @@
-"""Write the tables of the evidence pages, and of the README's section on it, from the committed results of the studies.
+"""Write the tables of the evidence pages from the committed results of the studies.
 
 python examples/studies/pages.py           # writes what has changed, and says what
 python examples/studies/pages.py --check   # writes nothing; fails if a file is not what the results give

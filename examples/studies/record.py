@@ -45,7 +45,7 @@ def append(path: str | Path, result: Mapping[str, Any]) -> None:
     """Add one result to a file; what is no finite number is null."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({name: _plain(value) for name, value in result.items()}, allow_nan=False)
+    line = json.dumps(_plain(dict(result)), allow_nan=False)
     with path.open("a+b") as file:
         if file.seek(0, os.SEEK_END) > 0:  # begin a line, also after one that a killed process left unfinished
             file.seek(-1, os.SEEK_END)
@@ -56,6 +56,10 @@ def append(path: str | Path, result: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

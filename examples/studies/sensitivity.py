@@ -439,23 +439,6 @@ def parts(folder: Path) -> dict[str, str]:
     return {name: "\n".join(lines).strip() for name, lines in tables.items()}
 
 
-def short_table(folder: Path) -> str:
-    """Return the README's table: of each task of which there is a whole grid, one line a method."""
-    header = ["task", "method", "best score", "median of the grid", "share of the grid close to the best", "default"]
-    lines = []
-    for problem in problems(folder):
-        grids = problem.grids()
-        if len(grids) < len(METHODS) or not isinstance(problem.base, Run):
-            continue
-        best = max(grid.means[grid.best] for grid in grids.values())
-        for name, grid in grids.items():
-            default = grid.means.get((DEFAULT_RHO if has_radius(METHODS[name]) else None, DEFAULT_LR), math.nan)
-            share = f"{grid.share_within(problem.tolerance, best):.0%}"
-            numbers = [f"{value:.3f}" for value in (grid.means[grid.best], grid.median, default)]
-            lines.append([problem.title, name, *numbers[:2], share, numbers[2]])
-    return markdown(header, lines, numbers_from=2)
-
-
 def all_grids(folder: Path) -> str:
     """Return every grid in full."""
     lines: list[str] = []

@@ -30,13 +30,14 @@ LAST_STEP = "last_step"
 
 
 def schedule_factor(group: Group) -> float:
-    """Return what the learning rate's schedule has made of it: the present one over that at the start.
+    """Return what the learning rate's schedule has made of it: the present one over that at the start, at most 1.
 
     Args:
-        group: Of the optimizer; torch's schedulers leave ``initial_lr`` in it, and without one the factor is 1.
+        group: Of the optimizer; most of torch's schedulers leave ``initial_lr`` in it, and without one the factor is 1.
+            (``OneCycleLR`` and ``CyclicLR`` leave their lowest rate there, ``ReduceLROnPlateau`` leaves none.)
     """
     initial = group.get("initial_lr", 0.0)
-    return float(group["lr"] / initial) if initial > 0 else 1.0
+    return min(1.0, float(group["lr"] / initial)) if initial > 0 else 1.0
 
 
 def longest_perturbation(groups: Sequence[Group], device: torch.device) -> Tensor:
