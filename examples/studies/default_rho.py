@@ -21,6 +21,7 @@ from typing import Any
 import datasets
 import torch
 from encoders import keep_embeddings, pretrained_encoder, renumbered, used_tokens
+from finetuning import has_radius, mean, raw_rows
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -31,11 +32,9 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
-from hf_lightsam.demo.dataset import make_dataset
 from hf_lightsam.demo.encoder import packaged_encoder
 from hf_lightsam.errors import report_usage_errors
-from hf_lightsam.glue import get_task, load_glue, make_compute_metrics, preprocess
-from hf_lightsam.optim.recipes import RECIPES
+from hf_lightsam.glue import make_compute_metrics, preprocess
 
 RESULTS = Path(__file__).parent / "results" / "default_rho.jsonl"
 
@@ -75,10 +74,7 @@ def trimmed(
 
 def load_rows(arguments: StudyArguments, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset, Any, int]:
     """Return training rows, evaluation rows, the metric function and the number of labels."""
-    task = get_task("cola" if arguments.task_name == "demo" else arguments.task_name)
-    splits = ["train", task.validation_splits[0]]
-    is_demo = arguments.task_name == "demo"
-    raw = make_dataset(seed=0) if is_demo else load_glue(task, arguments.data_dir, splits=splits)
+    task, raw = raw_rows(arguments.task_name, arguments.data_dir)
     rows = preprocess(raw, task, tokenizer)
     train = rows["train"].shuffle(seed=0)
     if arguments.max_train_samples is not None:
@@ -98,12 +94,11 @@ def run(arguments: StudyArguments, rho: float, seed: int) -> dict[str, Any]:
     model = pretrained_encoder(num_labels, arguments.layers, arguments.widen)
     if arguments.trim_vocabulary:
         train, evaluation = trimmed(model, train, evaluation)
-    is_ours = arguments.optim in RECIPES
     args = LightSAMTrainingArguments(
         output_dir="outputs/default_rho",
         optim=arguments.optim,
         optim_args=arguments.optim_args,
-        rho=rho if is_ours else None,
+        rho=rho if has_radius(arguments.optim) else None,
         learning_rate=arguments.learning_rate,
         num_train_epochs=arguments.num_train_epochs,
         per_device_train_batch_size=16,
@@ -133,9 +128,9 @@ def run(arguments: StudyArguments, rho: float, seed: int) -> dict[str, Any]:
         **settings(arguments, rho, seed),
         "parameters": sum(parameter.numel() for parameter in parameters),
         **{name: value for name, value in metrics.items() if isinstance(value, float) and "per_second" not in name},
-        "train_loss_end": _mean(logs[-6:-1], "loss"),
-        "sharpness": _mean(logs, "sharpness"),
-        "perturbation_norm": _mean(logs, "perturbation_norm"),
+        "train_loss_end": mean(logs[-6:-1], "loss"),
+        "sharpness": mean(logs, "sharpness"),
+        "perturbation_norm": mean(logs, "perturbation_norm"),
         "seconds": round(seconds, 1),
         "torch": torch.__version__,
     }
@@ -145,11 +140,6 @@ def settings(arguments: StudyArguments, rho: float, seed: int) -> dict[str, Any]
     """Return what makes two runs the same."""
     names = "optim optim_args layers widen trim_vocabulary learning_rate num_train_epochs task_name max_train_samples"
     return {**{name: getattr(arguments, name) for name in names.split()}, "rho": rho, "seed": seed}
-
-
-def _mean(logs: list[dict[str, Any]], name: str) -> float | None:
-    values = [entry[name] for entry in logs if name in entry]
-    return sum(values) / len(values) if values else None
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Low data and noise, where SAM is said to help most: does it, and is what it finds flatter?
 
-The packaged encoder, cut to its first layers, is fine-tuned on 100, 300 and 1,000 rows, and on 1,000 rows of which a
+The packaged encoder is fine-tuned on 100, 300 and 1,000 rows, and on 1,000 rows of which a
 share has its label drawn anew, by AdamW, SAM, AdaSAM, LightSAM II and III, and LETS. A run takes the same number of
 steps whatever the rows, so that few rows are seen often. Runs of one seed are paired: the same rows (those of 100 are
 among those of 300), the same wrong labels, the same classifier at the start.
