@@ -34,24 +34,37 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
         if members:
             norms.extend(torch._foreach_norm(members, 2.0, dtype=dtype))
     norms.extend(_sharded_norms([tensor for tensor in tensors if isinstance(tensor, DTensor)]))
+    return _joint_norm(norms)
+
+
+def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
+    """Return the norm over all parts whose norms these are, on the first one's device."""
     widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
     device = norms[0].device
     return torch.linalg.vector_norm(torch.stack([norm.to(device, widest, non_blocking=True) for norm in norms]))
 
 
+Layout = tuple[DeviceMesh, tuple[Placement, ...]]
+
+
+def _layout(tensor: DTensor) -> Layout:
+    """Return how a sum of squares over shards lies: partial where a tensor is sharded, else the same everywhere."""
+    return tensor.device_mesh, tuple(Replicate() if p.is_replicate() else Partial() for p in tensor.placements)
+
+
+def _over_shards(norm: Tensor, layout: Layout) -> Tensor:
+    """Return the norm over all shards, from that of a rank's own."""
+    return DTensor.from_local(norm.square(), *layout, run_check=False).full_tensor().sqrt()
+
+
 def _sharded_norms(tensors: Sequence[DTensor]) -> list[Tensor]:
     """Return the L2 norm over all shards of the tensors of each layout: one reduction for a layout, not a tensor."""
-    layouts: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[DTensor]] = {}
+    layouts: dict[Layout, list[DTensor]] = {}
     for tensor in tensors:
         if any(placement.is_partial() for placement in tensor.placements):
             tensor = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
-        # The sum of squares is partial over the mesh dimensions that shard, and the same everywhere over the others.
-        over = tuple(Replicate() if p.is_replicate() else Partial() for p in tensor.placements)
-        layouts.setdefault((tensor.device_mesh, over), []).append(tensor)
-    return [
-        DTensor.from_local(total_norm(local(members)).square(), mesh, over, run_check=False).full_tensor().sqrt()
-        for (mesh, over), members in layouts.items()
-    ]
+        layouts.setdefault(_layout(tensor), []).append(tensor)
+    return [_over_shards(total_norm(local(members)), layout) for layout, members in layouts.items()]
 
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -60,9 +73,22 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def difference_norm(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of ``first - second`` over all tensors, with one temporary of the size of the largest."""
-    norms = [total_norm([a - b]) for a, b in zip(first, second, strict=True)]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    """Return the L2 norm of ``first - second`` over all tensors and shards: a scalar on the first one's device.
+
+    One temporary of the size of the largest; one reduction for a layout of shards. The tensors of a pair are laid out
+    alike, and none is a sum that is still to be made (``Partial``).
+    """
+    norms: dict[Layout | None, list[Tensor]] = {}
+    for a, b in zip(first, second, strict=True):
+        layout = _layout(a) if isinstance(a, DTensor) else None
+        own, other = local([a, b])
+        norms.setdefault(layout, []).append(total_norm([own - other]))
+    return _joint_norm(
+        [
+            _joint_norm(own) if layout is None else _over_shards(_joint_norm(own), layout)
+            for layout, own in norms.items()
+        ]
+    )
 
 
 def check_gradient(parameter: Tensor) -> None:

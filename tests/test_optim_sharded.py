@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_lightsam.optim import SAM, LightSAM, SharpnessAwareOptimizer
-from hf_lightsam.tensors import total_norm
+from hf_lightsam.tensors import difference_norm, total_norm
 
 WORLD = 2
 STEPS = 10
@@ -197,6 +197,7 @@ def run_in_bfloat16(name: str, rank: int, dtype: torch.dtype) -> dict[str, Any]:
 def check_norms(rank: int) -> list[tuple[float, float]]:
     """Norms of gradients in mixed company: sharded, replicated and plain ones, of two dtypes."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor.debug import CommDebugMode
 
     mesh = init_device_mesh("cpu", (WORLD,))
     generator = torch.Generator().manual_seed(0)
@@ -209,7 +210,11 @@ def check_norms(rank: int) -> list[tuple[float, float]]:
         whole[3],
     ]
     expected = torch.cat([tensor.double().flatten() for tensor in whole]).norm().item()
-    return [(total_norm(mixed).item(), expected)]
+    pairs = [torch.zeros_like(tensor) for tensor in mixed]
+    with CommDebugMode() as counted:
+        distance = difference_norm(mixed, pairs)
+    assert counted.get_total_counts() == 1, "one reduction for the sharded tensors, not one each"
+    return [(total_norm(mixed).item(), expected), (distance.item(), expected)]
 
 
 def work(rank: int, folder: str) -> None:

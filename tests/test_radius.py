@@ -190,6 +190,17 @@ def test_copies_and_state_dicts_go_on_alike(method: str) -> None:
     assert torch.equal(steps(loaded), expected)
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_checkpoint_of_the_other_choice_loads(saved: bool) -> None:
+    weight = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    writer = SAM([weight], "sgd", lr=1e-2, rho=5.0, adaptive_rho=saved)
+    take_step(writer, weight)
+    reader = SAM([weight.detach().clone().requires_grad_()], "sgd", lr=1e-2, rho=5.0, adaptive_rho=not saved)
+    reader.load_state_dict(copy.deepcopy(writer.state_dict()))
+    assert (LAST_STEP in reader.param_groups[0]) == (not saved)
+    assert take_step(reader, reader.param_groups[0]["params"][0]) == pytest.approx(5.0 if saved else 0.0)
+
+
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "adaptive_rho": (
         lambda: LightSAM([torch.zeros(1)], adaptive_rho="yes"),

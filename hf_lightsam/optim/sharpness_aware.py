@@ -75,7 +75,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             the whole perturbation.
         rho_schedule: ``"constant"``, or ``"lr"``: the radius of each group is ``rho * lr / initial_lr``, so that it
             warms up and decays as the learning rate does under one of torch's schedulers. Beyond the papers.
-        adaptive_rho: Keep the whole perturbation no longer than 3 % of the last descent step
+        adaptive_rho: Keep the whole perturbation no longer than 3 % of the last descent step that an ascent preceded
             (:data:`~hf_lightsam.optim.radius.STEP_SHARE`), both over the perturbed weights; ``rho`` is then the most
             that it may be. The first step has no perturbation. Beyond the papers.
         **defaults: Further options of the groups, for subclasses to show what they are.
@@ -505,6 +505,12 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._share_groups()
         self.ascent.load_state_dict({"state": ascent_state, "param_groups": ascent_groups})
         self._has_stepped = bool(state_dict["state"])
+        self._moved = []
+        for group in self.param_groups:  # a checkpoint may have been written with the other choice of adaptive_rho
+            if self.adaptive_rho:
+                group.setdefault(LAST_STEP, torch.zeros(()))
+            else:
+                group.pop(LAST_STEP, None)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
