@@ -21,14 +21,17 @@ class UsageError(ValueError):
 
 
 @contextmanager
-def report_usage_errors(program: str) -> Iterator[None]:
-    """Turn a :class:`ValueError`, or an error of files, in the body into ``program: error: ...`` and exit status 2.
+def report_usage_errors(program: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+    """Turn errors in the body into ``program: error: ...`` and exit status 2.
 
-    Meant for the set-up phase of a command (arguments, data, model), before any training: an error in a training step
-    is a bug and keeps its traceback.
+    Args:
+        program: What to call the command.
+        errors: Which. The default, which takes in those of libraries and of files, is meant for the set-up phase of a
+            command (arguments, data, model): an error in a training step is a bug and keeps its traceback. With
+            ``(UsageError,)`` the body may train.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except errors as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

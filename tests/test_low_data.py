@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ def studies_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(STUDIES))
 
 
-def main(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+def main(*flags: str) -> None:
     import low_data
 
-    monkeypatch.setattr(sys, "argv", ["low_data.py", *flags])
-    low_data.main()
+    low_data.main(list(flags))
 
 
 def result(optim: str, seed: int, accuracy: float, flatness: float, **changes: Any) -> dict[str, Any]:
@@ -171,7 +169,7 @@ def test_tables_of_known_results() -> None:
     ]
     assert line(text, "100 rows, 2 layers", "Difference")[1:] == ["+2.0 [+1.0, +3.0]", "-2.0 [-2.0, -2.0]"]
     assert line(text, "300 rows, 2 layers", "Difference")[1:] == ["-", "-"]
-    assert line(text, "mean of these", "Difference")[1:] == ["+2.0 [+1.0, +3.0]", "-2.0 [-2.0, -2.0]"]
+    assert "mean of the" not in text, "only one cell has all methods"
     assert "| 300 rows, 2 layers, 40 % of labels drawn anew | - | 80.0 (1) | - |" in text
     assert line(text, "100 rows, 2 layers", "m-sharpness")[1:4] == ["0.200", "0.110 (3 of 3)", "0.300 (0 of 3)"]
     assert "Over all cells, of differences to AdamW's run: -0.74 (6 pairs)." in text
@@ -189,9 +187,29 @@ def test_mean_over_cells_pairs_seeds_that_all_cells_have() -> None:
         *(result("sam", 0, 0.5 + gain, 0.1, rows=rows) for rows, gain in ((100, 0.02), (300, 0.04))),
         result("sam", 1, 0.9, 0.1, rows=300),
     ]
-    found = low_data.over_cells(low_data.compared(results, "sst2"), "sam")
+    alone = result("adamw_torch_fused", 0, 0.9, 0.1, rows=1000)
+    shared = low_data.cells_of_all(low_data.compared([*results, alone], "sst2"))
+    assert [cell.rows for cell in shared] == [100, 300]
+    found = low_data.over_cells(shared, "sam")
     assert found.differences == {0: pytest.approx(3.0)}
     assert found.scores == {0: pytest.approx(53.0)}
+    assert line(low_data.table(results), "mean of the 2 that all have")[1:] == ["+3.0"]
+
+
+def test_runs_that_are_not_of_the_study_are_compared_with_nothing() -> None:
+    """Others' learning rates, options and lengths: what is left are the runs as they were chosen."""
+    import low_data
+
+    chosen = [
+        result("adamw_torch_fused", 100, 0.9, 0.1, lr=1e-4, judge=low_data.HELD),
+        result("adamw_torch_fused", 0, 0.6, 0.1, lr=1e-4),
+    ]
+    others = [
+        result("adamw_torch_fused", 0, 0.9, 0.1, lr=1e-3),
+        result("adamw_torch_fused", 1, 0.9, 0.1, lr=1e-4, optim_args="x=1"),
+        result("adamw_torch_fused", 2, 0.9, 0.1, lr=1e-4, num_steps=4),
+    ]
+    assert low_data.of_the_study([*chosen, *others], 126) == chosen
 
 
 def test_mrpc_is_judged_by_accuracy_and_a_constant_answer_scores_nothing() -> None:
@@ -207,7 +225,7 @@ def test_table_flag_prints_and_draws_the_file(
 ) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in synthetic()))
-    main(monkeypatch, "--table", "--results", str(path))
+    main("--table", "--results", str(path))
     assert "## sst2: accuracy" in capsys.readouterr().out
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -221,7 +239,7 @@ def test_committed_results_give_the_tables() -> None:
     assert {one["optim"] for one in results} <= set(low_data.METHODS)
     assert {one["seed"] for one in results if one["judge"] == low_data.HELD} <= set(low_data.SEARCH_SEEDS)
     for one in results:  # what is compared was trained at the learning rate that was chosen
-        if one["judge"] == low_data.DEVELOPMENT:
+        if one["judge"] == low_data.DEVELOPMENT and one["num_steps"] == low_data.NUM_STEPS:
             assert one["lr"] == low_data.chosen_rates(results, one["task"], one["layers"])[one["optim"]]
 
 
@@ -242,7 +260,7 @@ def test_study_on_the_demos_rows_goes_on_where_it_was_killed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(low_data, "SEARCH_SEEDS", (100, 100))
     flags = [*TINY, "--optim", "lets_sam", "adamw_torch_fused", "--results", str(path)]
-    main(monkeypatch, *flags)
+    main(*flags)
     text = capsys.readouterr().out
     assert line(text, "20 rows, 1 layers", "Score")[2].endswith("(1)")
     results = low_data.read(path)
@@ -260,7 +278,7 @@ def test_study_on_the_demos_rows_goes_on_where_it_was_killed(
 
     kept = path.read_text().splitlines(keepends=True)
     path.write_text("".join(kept[:3]) + kept[3][:30])
-    main(monkeypatch, *flags)
+    main(*flags)
     again = low_data.read(path)
     assert again[:3] == results[:3]
     times = ("seconds", "cpu_seconds")
@@ -282,6 +300,8 @@ def test_study_on_the_demos_rows_goes_on_where_it_was_killed(
         (["--search_rates", "nan"], "search_rates=nan"),
         (["--tasks", "nosuch"], "nosuch"),
         (["--table", "--results", "nowhere.jsonl"], "results='nowhere.jsonl'"),
+        (["--table", "--num_steps", "4"], "num_steps=4: --table prints the study as it is by default"),
+        (["--layers", "7"], "layers=7: expected a whole number from 1 to 6"),
     ],
 )
 def test_bad_input(
@@ -293,7 +313,7 @@ def test_bad_input(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, "--results", "out.jsonl", *flags)
+        main("--results", "out.jsonl", *flags)
     assert stop.value.code == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()

@@ -217,7 +217,7 @@ TINY += ["--train_rows", "16", "--scratch_rows", "160", "--hessian_rows", "1"]
 def test_script_on_the_demos_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs what is missing, nothing twice, prints and draws; with --table only the latter two."""
+    """Runs what is missing, nothing twice, prints and draws."""
     import overparameterization as study
 
     path = tmp_path / "r.jsonl"
@@ -250,8 +250,9 @@ def test_script_on_the_demos_rows(
 
     picture.unlink()
     capsys.readouterr()
-    monkeypatch.delattr(study, "run_cell")
-    study.main([*flags, "--table"])
+    ran.clear()
+    study.main([*flags, "--parts", "width", "snip", "hessian"])
+    assert not ran
     assert "## demo: 9 runs" in capsys.readouterr().out
     assert picture.is_file()
 
@@ -267,6 +268,8 @@ def test_script_on_the_demos_rows(
         (["--hessian_rows", "0"], "hessian_rows=0"),
         (["--table", "--results", "nowhere.jsonl"], "results='nowhere.jsonl'"),
         (["--seeds", "-1"], "seeds=-1"),
+        (["--num_processes", "0"], "num_processes=0"),
+        (["--table", "--parts", "width"], "parts=['width']: --table prints the study as it is by default"),
     ],
 )
 def test_bad_input(flags: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

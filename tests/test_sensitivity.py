@@ -42,13 +42,46 @@ def test_only_missing_points_run(tmp_path: Path, num_processes: int) -> None:
     assert record.read(path) == found
 
 
-def test_what_was_done_before_a_failure_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_what_was_done_before_a_failure_stays(tmp_path: Path, num_processes: int) -> None:
     import record
 
     path = tmp_path / "r.jsonl"
+    points = [{"x": 1}, {"x": 13}, {"x": 2}]
     with pytest.raises(RuntimeError, match="13"):
-        record.run_missing([{"x": 1}, {"x": 13}, {"x": 2}], double, path)
-    assert record.read(path) == [{"x": 1, "y": 2.0}]
+        record.run_missing(points, double, path, num_processes)
+    assert {"x": 1, "y": 2.0} in record.read(path)
+    assert not any(result["x"] == 13 for result in record.read(path))
+    with pytest.raises(RuntimeError, match="13"):  # the file is free again
+        record.run_missing(points, double, path, num_processes)
+
+
+def test_a_file_is_one_calls_at_a_time(tmp_path: Path) -> None:
+    import record
+
+    from hf_lightsam import UsageError
+
+    path = tmp_path / "r.jsonl"
+
+    def meanwhile(point: Mapping[str, Any]) -> dict[str, Any]:
+        with pytest.raises(UsageError, match="another process adds to it"):
+            record.run_missing([{"x": 1}], double, path)
+        return double(point)
+
+    assert record.run_missing([{"x": 1}], meanwhile, path) == [{"x": 1, "y": 2.0}]
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="expected a file that can be written"):
+        record.run_missing([{"x": 1}], double, tmp_path / "file" / "r.jsonl")
+
+
+def test_results_of_another_study_are_told(tmp_path: Path) -> None:
+    import record
+
+    from hf_lightsam import UsageError
+
+    record.append(tmp_path / "r.jsonl", {"x": 1})
+    with pytest.raises(UsageError, match="line 1 has no 'task'"):
+        record.read(tmp_path / "r.jsonl", ["x", "task"])
 
 
 @pytest.mark.parametrize("rest", ["", '{"x": 7, "y"', '{"x": 7, "y": 14.0}'])
@@ -186,7 +219,7 @@ def test_a_run_is_the_same_again_and_the_radius_warms_up(monkeypatch: pytest.Mon
 
 
 def _without_time(result: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in result.items() if name != "seconds"}
+    return {name: value for name, value in result.items() if "seconds" not in name}
 
 
 # ---- The study ----------------------------------------------------------------------------------------------------
@@ -277,6 +310,9 @@ def test_the_synthetic_problem() -> None:
         (["--train_rows", "-1"], "train_rows=-1"),
         (["--num_epochs", "0"], "num_epochs=0"),
         (["--table", "--results_dir", "nowhere"], "results_dir='nowhere'"),
+        (["--table", "--lr", "5e-5"], "lr=[5e-05]: --table prints the study as it is by default"),
+        (["--layers", "7"], "layers=7: expected a whole number from 1 to 6"),
+        (["--seeds", "0", "-1"], "seeds=-1"),
     ],
 )
 def test_bad_input(flags: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

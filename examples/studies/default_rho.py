@@ -11,30 +11,26 @@ file, one JSON line a run; runs that are in it already are not made again.
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from encoders import keep_embeddings, pretrained_encoder, renumbered, used_tokens
-from finetuning import has_radius, mean, raw_rows
+from command import check_table_stands_alone, parse
+from encoders import check_layers, keep_embeddings, pretrained_encoder, renumbered, used_tokens
+from finetuning import has_radius, mean, quiet, raw_rows, timed, tokenizer
+from record import read, run_missing
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedModel,
-    set_seed,
-)
-from transformers.utils import logging
+from transformers import PreTrainedModel, set_seed
 
-from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
-from hf_lightsam.demo.encoder import packaged_encoder
+from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments, UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.glue import make_compute_metrics, preprocess
+from hf_lightsam.glue.suite.tables import markdown
 
 RESULTS = Path(__file__).parent / "results" / "default_rho.jsonl"
 
@@ -72,35 +68,39 @@ def trimmed(
     return renumbered(train, used), renumbered(evaluation, used)
 
 
-def load_rows(arguments: StudyArguments, tokenizer: Any) -> tuple[datasets.Dataset, datasets.Dataset, Any, int]:
+def load_rows(settings: Mapping[str, Any], data_dir: str | None) -> tuple[datasets.Dataset, datasets.Dataset, Any, int]:
     """Return training rows, evaluation rows, the metric function and the number of labels."""
-    task, raw = raw_rows(arguments.task_name, arguments.data_dir)
-    rows = preprocess(raw, task, tokenizer)
+    task, raw = raw_rows(settings["task_name"], data_dir)
+    rows = preprocess(raw, task, tokenizer())
     train = rows["train"].shuffle(seed=0)
-    if arguments.max_train_samples is not None:
-        train = train.select(range(min(arguments.max_train_samples, len(train))))
+    if settings["max_train_samples"] is not None:
+        train = train.select(range(min(settings["max_train_samples"], len(train))))
     return train, rows[task.validation_splits[0]], make_compute_metrics(task), task.num_labels
 
 
-def run(arguments: StudyArguments, rho: float, seed: int) -> dict[str, Any]:
+def fine_tune(settings: Mapping[str, Any], data_dir: str | None = None) -> dict[str, Any]:
     """Fine-tune once.
 
+    Args:
+        settings: As :func:`points` gives them.
+        data_dir: As for ``load_glue``.
+
     Returns:
-        The settings, the evaluation metrics, the mean sharpness and length of the perturbation, wall seconds.
+        The settings, the evaluation metrics, the mean sharpness and length of the perturbation, seconds of training.
     """
-    tokenizer = AutoTokenizer.from_pretrained(packaged_encoder())
-    train, evaluation, compute_metrics, num_labels = load_rows(arguments, tokenizer)
-    set_seed(seed)
-    model = pretrained_encoder(num_labels, arguments.layers, arguments.widen)
-    if arguments.trim_vocabulary:
+    quiet()
+    train, evaluation, compute_metrics, num_labels = load_rows(settings, data_dir)
+    set_seed(settings["seed"])
+    model = pretrained_encoder(num_labels, settings["layers"], settings["widen"])
+    if settings["trim_vocabulary"]:
         train, evaluation = trimmed(model, train, evaluation)
     args = LightSAMTrainingArguments(
         output_dir="outputs/default_rho",
-        optim=arguments.optim,
-        optim_args=arguments.optim_args,
-        rho=rho if has_radius(arguments.optim) else None,
-        learning_rate=arguments.learning_rate,
-        num_train_epochs=arguments.num_train_epochs,
+        optim=settings["optim"],
+        optim_args=settings["optim_args"],
+        rho=settings["rho"] if has_radius(settings["optim"]) else None,
+        learning_rate=settings["learning_rate"],
+        num_train_epochs=settings["num_train_epochs"],
         per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
         warmup_steps=0.06,
@@ -108,57 +108,43 @@ def run(arguments: StudyArguments, rho: float, seed: int) -> dict[str, Any]:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        seed=seed,
+        seed=settings["seed"],
     )
     trainer = LightSAMTrainer(
         model,
         args,
         train_dataset=train,
         eval_dataset=evaluation,
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
         compute_metrics=compute_metrics,
     )
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
+    times = timed(trainer.train)
     metrics = trainer.evaluate()
     logs = trainer.state.log_history
     parameters: list[Tensor] = list(model.parameters())
     return {
-        **settings(arguments, rho, seed),
+        **settings,
         "parameters": sum(parameter.numel() for parameter in parameters),
         **{name: value for name, value in metrics.items() if isinstance(value, float) and "per_second" not in name},
         "train_loss_end": mean(logs[-6:-1], "loss"),
         "sharpness": mean(logs, "sharpness"),
         "perturbation_norm": mean(logs, "perturbation_norm"),
-        "seconds": round(seconds, 1),
+        **times,
         "torch": torch.__version__,
     }
 
 
-def settings(arguments: StudyArguments, rho: float, seed: int) -> dict[str, Any]:
-    """Return what makes two runs the same."""
+def points(arguments: StudyArguments) -> list[dict[str, Any]]:
+    """Return the settings of all runs: what makes two of them the same."""
     names = "optim optim_args layers widen trim_vocabulary learning_rate num_train_epochs task_name max_train_samples"
-    return {**{name: getattr(arguments, name) for name in names.split()}, "rho": rho, "seed": seed}
+    shared = {name: getattr(arguments, name) for name in names.split()}
+    return [{**shared, "rho": rho, "seed": seed} for seed in arguments.seed for rho in arguments.rho]
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results as a Markdown table, one line a run."""
-    columns = (
-        "task",
-        "rows",
-        "optim",
-        "options",
-        "weights",
-        "lr",
-        "rho",
-        "length",
-        "sharpness",
-        "seed",
-        "loss",
-        "score",
-    )
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    head = ["task", "rows", "optim", "options", "weights", "lr", "rho", "length", "sharpness", "seed", "loss", "score"]
+    lines = []
     for result in sorted(results, key=lambda r: (r["task_name"], r["parameters"], r["optim"], str(r["optim_args"]))):
         score = result.get("eval_matthews_correlation", result.get("eval_accuracy", math.nan))
         cells = (
@@ -175,33 +161,23 @@ def table(results: list[dict[str, Any]]) -> str:
             _number(result["eval_loss"]),
             f"{score:.3f}",
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append([str(cell) for cell in cells])
+    return markdown(head, lines, numbers_from=4)
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run what the flags ask for."""
-    with report_usage_errors("default_rho.py"):
-        (arguments,) = HfArgumentParser(StudyArguments, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    path = Path(arguments.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if not arguments.table:
-        logging.set_verbosity_error()
-        for seed in arguments.seed:
-            for rho in arguments.rho:
-                wanted = settings(arguments, rho, seed)
-                if any(all(result.get(name) == value for name, value in wanted.items()) for result in done):
-                    continue
-                with report_usage_errors("default_rho.py"):
-                    done.append(run(arguments, rho, seed))
-                with path.open("a") as file:
-                    file.write(json.dumps(done[-1]) + "\n")
-    print(table(done))
+    with report_usage_errors("default_rho.py", (UsageError,)):
+        arguments = parse(StudyArguments, __doc__, argv)
+        check_table_stands_alone(arguments, "results")
+        if not arguments.table:
+            check_layers(arguments.layers)
+            run_missing(points(arguments), functools.partial(fine_tune, data_dir=arguments.data_dir), arguments.results)
+        print(table(read(arguments.results)))
 
 
 if __name__ == "__main__":

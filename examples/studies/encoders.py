@@ -7,7 +7,13 @@ from typing import cast
 import datasets
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+)
 
 from hf_lightsam import UsageError
 from hf_lightsam.demo.encoder import packaged_encoder
@@ -24,14 +30,24 @@ def pretrained_encoder(num_labels: int, layers: int = 6, widen: int = 1) -> PreT
     Raises:
         UsageError: If it has fewer layers.
     """
+    check_layers(layers)
     model = AutoModelForSequenceClassification.from_pretrained(packaged_encoder(), num_labels=num_labels)
     kept: nn.ModuleList = model.bert.encoder.layer
-    if not 1 <= layers <= len(kept):
-        raise UsageError(f"layers={layers!r}: expected a whole number from 1 to {len(kept)}")
     model.bert.encoder.layer = kept[:layers]
     model.config.num_hidden_layers = layers
     with torch.no_grad():
         return widened(model, widen)
+
+
+def check_layers(layers: int) -> None:
+    """Refuse more layers than the packaged encoder has.
+
+    Raises:
+        UsageError: Naming them.
+    """
+    most = AutoConfig.from_pretrained(packaged_encoder()).num_hidden_layers
+    if not 1 <= layers <= most:
+        raise UsageError(f"layers={layers!r}: expected a whole number from 1 to {most}")
 
 
 def widened(model: PreTrainedModel, factor: int, noise: float = 0.01) -> PreTrainedModel:

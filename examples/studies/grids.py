@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_lightsam.glue.suite.tables import markdown
 from hf_lightsam.plots import new_figure
 
 Point = tuple[float | None, float]
@@ -79,11 +80,9 @@ def summary(grids: Mapping[str, Grid], defaults: Mapping[str, Point], tolerance:
         defaults: The point that a method has without any choice.
         tolerance: Of "close to the best"; a hundredth is one point.
     """
-    lines = [
-        "| method | points x seeds | best | at rho, lr | median | share close to its best | share close to the best "
-        "of all | default | regret of the default |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["method", "points x seeds", "best", "at rho, lr", "median", "share close to its best"]
+    head += ["share close to the best of all", "default", "regret of the default"]
+    lines = []
     best_of_all = max(grid.means[grid.best] for grid in grids.values())
     for name, grid in grids.items():
         seeds = sorted({len(scores) for scores in grid.scores.values()})
@@ -100,8 +99,8 @@ def summary(grids: Mapping[str, Grid], defaults: Mapping[str, Point], tolerance:
             "not run" if math.isnan(regret) else f"{grid.means[default]:.3f} at {_point(default)}",
             "" if math.isnan(regret) else f"{regret:.3f}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head, lines, numbers_from=1)
 
 
 def transfer(chosen_on: Mapping[str, Grid], judged_on: Mapping[str, Grid]) -> str:
@@ -110,25 +109,27 @@ def transfer(chosen_on: Mapping[str, Grid], judged_on: Mapping[str, Grid]) -> st
     Args:
         chosen_on: Grids by method, of the task on which the point is chosen.
         judged_on: Of the other one.
+
+    Returns:
+        The table; empty where no method has a grid on both.
     """
-    lines = [
-        "| method | chosen: rho, lr | score there | score here | best here | regret |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for name, grid in chosen_on.items():
         other = judged_on.get(name)
-        if other is None or grid.best not in other.means:
+        if other is None:
             continue
+        was_run = grid.best in other.means
         cells = (
             name,
             _point(grid.best),
             f"{grid.means[grid.best]:.3f}",
-            f"{other.means[grid.best]:.3f}",
+            f"{other.means[grid.best]:.3f}" if was_run else "not run",
             f"{other.means[other.best]:.3f} at {_point(other.best)}",
-            f"{other.regret(grid.best):.3f}",
+            f"{other.regret(grid.best):.3f}" if was_run else "",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+        lines.append(cells)
+    head = ["method", "chosen: rho, lr", "score there", "score here", "best here", "regret"]
+    return markdown(head, lines, numbers_from=1) if lines else ""
 
 
 def _point(point: Point) -> str:
@@ -139,11 +140,11 @@ def _point(point: Point) -> str:
 def table(grid: Grid) -> str:
     """Return the means of a method's grid in Markdown, radii down, learning rates across."""
     rates, means = grid.rates, grid.means
-    lines = ["| rho \\ lr | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|" + "---|" * (len(rates) + 1)]
+    lines = []
     for rho in grid.radii:
         cells = [f"{means[rho, lr]:.3f}" if (rho, lr) in means else "" for lr in rates]
-        lines.append(f"| {'none' if rho is None else f'{rho:g}'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(["none" if rho is None else f"{rho:g}", *cells])
+    return markdown(["rho \\ lr", *(f"{lr:g}" for lr in rates)], lines, numbers_from=1)
 
 
 def draw(

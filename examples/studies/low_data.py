@@ -23,7 +23,6 @@ import functools
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,8 @@ from typing import Any, cast
 
 import datasets
 import scipy.stats
+from command import check_table_stands_alone, parse
+from encoders import check_layers
 from finetuning import (
     DEMO,
     Rows,
@@ -41,13 +42,13 @@ from finetuning import (
     outcome,
     quiet,
     raw_rows,
+    timed,
     tokenized,
     tokenizer,
     with_noise,
 )
 from record import Result, read, run_missing
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser
 
 from hf_lightsam import LightSAMTrainer, UsageError
 from hf_lightsam.errors import report_usage_errors
@@ -56,6 +57,7 @@ from hf_lightsam.glue.suite.flatness import RHO as MEASURED_RHO
 from hf_lightsam.glue.suite.flatness import M
 from hf_lightsam.glue.suite.rows import choose
 from hf_lightsam.glue.suite.statistics import Summary, summarize
+from hf_lightsam.glue.suite.tables import markdown
 from hf_lightsam.optim.lets import LearnedRadiusSAM
 from hf_lightsam.plots import new_figure
 from hf_lightsam.sharpness import MSharpness, m_sharpness
@@ -99,6 +101,9 @@ HELD_OUT_SEED = 12345
 MEASURED_ROWS = 128
 """Training rows on which flatness is measured: the first ones."""
 
+NUM_STEPS = 126
+"""Steps of each run, as of two epochs of 1,000 rows."""
+
 HELD, DEVELOPMENT = "held-out", "development"
 JUDGES = {"mrpc": "accuracy"}
 """The metric that a task is judged by, where it is not its first: of MRPC's classes one always gives an F1 of 0.81."""
@@ -110,7 +115,7 @@ class StudyArguments:
 
     data_dir: str | None = field(default=None, metadata={"help": "GLUE's TSV files."})
     tasks: list[str] | None = field(
-        default=None, metadata={"help": "GLUE tasks. Default: sst2 stsb mrpc; without data_dir demo."}
+        default=None, metadata={"help": "GLUE tasks. Default: sst2 stsb; without data_dir demo."}
     )
     optim: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Methods."})
     train_rows: list[int] = field(default_factory=lambda: [100, 300, 1000], metadata={"help": "Training rows."})
@@ -131,7 +136,7 @@ class StudyArguments:
         default_factory=lambda: list(RATES), metadata={"help": "Learning rates to choose from, times RATE_FACTORS."}
     )
     search_rows: int = field(default=300, metadata={"help": "Training rows of the runs that choose."})
-    num_steps: int = field(default=126, metadata={"help": "Steps of each run, of 16 rows."})
+    num_steps: int = field(default=NUM_STEPS, metadata={"help": "Steps of each run, of 16 rows."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the comparison."})
     results: str = field(default=str(RESULTS), metadata={"help": "The result file; the picture lies beside it."})
     num_processes: int = field(default=1, metadata={"help": "Runs side by side."})
@@ -180,15 +185,13 @@ def fine_tune(settings: Mapping[str, Any], data_dir: str | None = None) -> Resul
     Returns:
         The settings and the :func:`outcome`; ``flatness``, the m-sharpness on training rows at ``MEASURED_RHO``, and
         ``measured_loss``, the loss on them; ``radii``, of LETS, the radius from first to last logged step;
-        ``seconds`` of training, and ``cpu_seconds``, which other work on the machine leaves alone.
+        ``seconds`` and ``cpu_seconds`` of training.
     """
     quiet()
     run = Run(**{name: value for name, value in settings.items() if name != "judge"})
     rows = load_rows(run.task, data_dir, run.train_rows, run.label_noise, run.seed, settings["judge"])
     trainer = make_trainer(run, rows, make_model(run, rows))
-    start, cpu_start = time.perf_counter(), time.process_time()
-    trainer.train()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    times = timed(trainer.train)
     measured = measure(trainer, rows.train)
     return {
         **settings,
@@ -196,8 +199,7 @@ def fine_tune(settings: Mapping[str, Any], data_dir: str | None = None) -> Resul
         "flatness": measured.sharpness,
         "measured_loss": measured.loss,
         "radii": _radii(trainer),
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
+        **times,
     }
 
 
@@ -316,6 +318,20 @@ def cell_of(result: Result) -> Cell:
 Grouped = dict[Cell, dict[str, dict[int, Result]]]
 
 
+def of_the_study(results: Sequence[Result], num_steps: int) -> list[Result]:
+    """Return the runs of so many steps that choose, and those that were made as their choice and the study say."""
+    found = [result for result in results if result["num_steps"] == num_steps]
+    rates = {
+        (result["task"], result["layers"]): chosen_rates(found, result["task"], result["layers"]) for result in found
+    }
+
+    def is_as_chosen(result: Result) -> bool:
+        lr = rates[result["task"], result["layers"]].get(result["optim"], result["lr"])
+        return bool(result["lr"] == lr and result["optim_args"] == OPTIM_ARGS.get(result["optim"], ""))
+
+    return [result for result in found if result["judge"] == HELD or is_as_chosen(result)]
+
+
 def compared(results: Sequence[Result], task: str) -> Grouped:
     """Return the runs of a task that are compared, by cell, method and seed."""
     grouped: Grouped = {}
@@ -333,8 +349,9 @@ def summary(methods: Mapping[str, Mapping[int, Result]], optim: str) -> Summary:
     return summarize(scores, None if optim == BASELINE else baseline)
 
 
-def table(results: Sequence[Result]) -> str:
-    """Return all tables in Markdown."""
+def table(results: Sequence[Result], num_steps: int = NUM_STEPS) -> str:
+    """Return all tables in Markdown, of the runs of so many steps."""
+    results = of_the_study(results, num_steps)
     lines: list[str] = []
     for task in dict.fromkeys(result["task"] for result in results):
         grouped = compared(results, task)
@@ -345,9 +362,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    if not lines:
-        return []
-    return [*("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)), ""]
+    return [*markdown(header, lines, numbers_from=1).splitlines(), ""] if lines else []
 
 
 def _rate_tables(results: Sequence[Result], task: str) -> list[str]:
@@ -404,7 +419,10 @@ def _difference_table(grouped: Grouped) -> list[str]:
     if not names:
         return []
     lines = [[str(cell), *(_difference(summary(methods, o)) for o in names)] for cell, methods in grouped.items()]
-    lines.append(["mean of these", *(_difference(over_cells(grouped, optim)) for optim in names)])
+    shared = cells_of_all(grouped)
+    if len(shared) > 1:
+        means = [_difference(over_cells(shared, optim)) for optim in names]
+        lines.append([f"mean of the {len(shared)} that all have", *means])
     head = (
         "Difference to AdamW of the same seed, with its 95 % bootstrap interval over seeds. (Of three seeds it reaches "
         "from the least to the greatest: without any difference, one interval in four leaves out 0.)"
@@ -412,9 +430,19 @@ def _difference_table(grouped: Grouped) -> list[str]:
     return [head, "", *_rows(["", *(METHODS[optim] for optim in names)], lines)]
 
 
+def cells_of_all(grouped: Grouped) -> Grouped:
+    """Return the cells in which every method has a difference to the baseline."""
+    names = [optim for optim in _present(grouped) if optim != BASELINE]
+    return {
+        cell: methods
+        for cell, methods in grouped.items()
+        if all(summary(methods, optim).differences for optim in names)
+    }
+
+
 def over_cells(grouped: Grouped, optim: str) -> Summary:
-    """Return the mean over cells of a method's scores, and of their differences, by seeds that all its cells have."""
-    found = [one for one in (summary(methods, optim) for methods in grouped.values()) if one.differences]
+    """Return the mean over cells of a method's scores, and of their differences, by seeds that all these cells have."""
+    found = [summary(methods, optim) for methods in grouped.values()]
     seeds = set.intersection(*(set(one.differences) for one in found)) if found else set()
     return Summary(
         {seed: statistics.fmean(one.scores[seed] for one in found) for seed in seeds},
@@ -531,8 +559,9 @@ def _radius_table(results: Sequence[Result], task: str) -> list[str]:
 # ---- The picture -----------------------------------------------------------------------------------------------------
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
+def draw(results: Sequence[Result], path: Path, num_steps: int = NUM_STEPS) -> None:
     """Draw, task by task: differences to AdamW, flatness against score, and LETS's radius over the steps."""
+    results = of_the_study(results, num_steps)
     tasks = [task for task in dict.fromkeys(r["task"] for r in results) if compared(results, task)]
     if not tasks:
         return
@@ -609,7 +638,7 @@ def check(arguments: StudyArguments) -> list[str]:
     Raises:
         UsageError: For a flag out of range, or a task with too few rows.
     """
-    tasks = arguments.tasks or ([DEMO] if arguments.data_dir is None else ["sst2", "stsb", "mrpc"])
+    tasks = arguments.tasks or ([DEMO] if arguments.data_dir is None else ["sst2", "stsb"])
     for optim in arguments.optim:
         if optim not in METHODS:
             raise UsageError(f"optim={optim!r}: expected some of {', '.join(METHODS)}")
@@ -628,6 +657,8 @@ def check(arguments: StudyArguments) -> list[str]:
     for rate in arguments.search_rates:
         if not 0.0 < rate < math.inf:
             raise UsageError(f"search_rates={rate!r}: expected finite numbers above 0")
+    for layers in (arguments.layers, *([arguments.deep_layers] if arguments.deep_layers else [])):
+        check_layers(layers)
     for task in tasks:
         _, raw = raw_rows(task, None if task == DEMO else arguments.data_dir)
         size = len(split_training_file(raw["train"])[0])
@@ -637,19 +668,21 @@ def check(arguments: StudyArguments) -> list[str]:
     return tasks
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run what the flags ask for."""
-    with report_usage_errors("low_data.py"):
-        (arguments,) = HfArgumentParser(StudyArguments, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    with report_usage_errors("low_data.py", (UsageError,)):
+        arguments = parse(StudyArguments, __doc__, argv)
+        check_table_stands_alone(arguments, "results")
         path = Path(arguments.results)
         if arguments.table and not path.is_file():
             raise UsageError(f"results={arguments.results!r}: expected a result file")
         if not arguments.table:
             quiet()
             run_study(arguments, check(arguments))
-        results = read(path)
-        print(table(results))
-        draw(results, path.with_suffix(".png"))
+        results = read(path, ["judge", "flatness"])
+        print(table(results, arguments.num_steps))
+        # The committed picture is of the study as it is by default.
+        draw(results, path.with_suffix(".png"), NUM_STEPS if path == RESULTS else arguments.num_steps)
 
 
 if __name__ == "__main__":

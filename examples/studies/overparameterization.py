@@ -24,23 +24,23 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from encoders import check_width
-from finetuning import DEMO, Rows, Run, load_rows, make_model, make_trainer, outcome, quiet
+from command import check_table_stands_alone, parse
+from encoders import check_layers, check_width
+from finetuning import DEMO, Rows, Run, guess_loss, load_rows, make_model, make_trainer, outcome, quiet, timed
 from masks import hold_at_zero, make_mask, maskable
 from record import Result, read, run_missing
-from transformers import HfArgumentParser
 
 from hf_lightsam import LightSAMTrainer, UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.glue import get_task
 from hf_lightsam.glue.suite.statistics import Summary, summarize
+from hf_lightsam.glue.suite.tables import markdown
 from hf_lightsam.plots import new_figure
 from hf_lightsam.sharpness import HessianOperator, hessian_eigenvalues, hessian_moments
 
@@ -144,7 +144,15 @@ class StudyArguments:
                     raise UsageError(f"{name}={value!r}: expected numbers from {low:g} to {high:g}")
         for width in (*self.widths, *self.hessian_widths, self.scratch_width):
             check_width(width)
-        for name, low in (("layers", 1), ("hessian_rows", 1), ("seeds", 0), ("train_rows", 0), ("scratch_rows", 0)):
+        for layers in self.layers:
+            check_layers(layers)
+        for name, low in (
+            ("num_processes", 1),
+            ("hessian_rows", 1),
+            ("seeds", 0),
+            ("train_rows", 0),
+            ("scratch_rows", 0),
+        ):
             values = getattr(self, name)
             for value in values if isinstance(values, list) else [values]:
                 if value < low:
@@ -205,13 +213,16 @@ def run_cell(settings: Mapping[str, Any], data_dir: str | None = None) -> Result
     if cell.sparsity:
         mask = make_mask(model, cell.mask, cell.sparsity, cell.seed, _batch(trainer, rows, 64))
         hold_at_zero(list(maskable(model).values()), mask)
-    start, cpu_start = time.perf_counter(), time.process_time()
-    trainer.train()
-    weights = list(maskable(model).values())
-    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    result = {**cell.settings(), **outcome(trainer, rows.task), "zeros": zeros, **_hessian(cell, trainer, rows)}
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    return {**result, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+    result = cell.settings()
+
+    def work() -> None:
+        trainer.train()
+        weights = list(maskable(model).values())
+        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+        result.update({**outcome(trainer, rows.task), "zeros": zeros, **_hessian(cell, trainer, rows)})
+
+    times = timed(work)
+    return {**result, **times}
 
 
 def _batch(trainer: LightSAMTrainer, rows: Rows, size: int) -> dict[str, torch.Tensor]:
@@ -257,12 +268,12 @@ def gains(by_method: Mapping[str, Mapping[int, Result]]) -> dict[str, Summary]:
 
 
 def is_untrained(result: Result) -> bool:
-    """Return whether a run ended where it began: its training loss is not 2 % below that of guessing a class.
+    """Return whether a run ended where it began: its training loss is not 2 % below that of guessing.
 
     Such runs, not flatness, are then what a difference of means comes from.
     """
-    num_labels = get_task("cola" if result["task"] == DEMO else result["task"]).num_labels
-    return result["train_loss"] is None or result["train_loss"] > 0.98 * math.log(max(2, num_labels))
+    task = get_task("cola" if result["task"] == DEMO else result["task"])
+    return result["train_loss"] is None or result["train_loss"] > 0.98 * guess_loss(task)
 
 
 def table(part: Part, results: Sequence[Result]) -> str:
@@ -286,12 +297,10 @@ def table(part: Part, results: Sequence[Result]) -> str:
         cells += [_gain(summaries.get(name)) for name in others]
         cells += [f"{_mean(by_method[name], 'train_loss')} / {_mean(by_method[name], 'eval_loss')}" for name in METHODS]
         cells.append(" / ".join(str(sum(map(is_untrained, by_method[name].values()))) for name in METHODS))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     if len(lines) < min(2, len(part.levels)):
         return ""
-    return "\n".join(
-        [f"### {part.title}: {part.axis}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines]
-    )
+    return f"### {part.title}: {part.axis}\n\n{markdown(head, lines, numbers_from=1)}"
 
 
 def _gain(summary: Summary | None) -> str:
@@ -316,12 +325,11 @@ def hessian_table(parts: Mapping[str, Part], results: Sequence[Result]) -> str:
             measured = {seed: result for seed, result in by_seed.items() if "s_2" in result}
             if measured:
                 values = [_mean(measured, name) for name in names]
-                lines.append("| " + " | ".join([label, method, str(len(measured)), *values]) + " |")
+                lines.append([label, method, str(len(measured)), *values])
     if not lines:
         return ""
-    head = ["width", "method", "seeds", *names]
     title = "### Transformer from scratch: the Hessian of the training loss at the end"
-    return "\n".join([title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+    return f"{title}\n\n{markdown(['width', 'method', 'seeds', *names], lines, numbers_from=2)}"
 
 
 def draw(parts: Mapping[str, Part], results: Sequence[Result], path: Path) -> None:
@@ -389,20 +397,23 @@ def tasks_of(arguments: StudyArguments, results: Sequence[Result]) -> list[str]:
 def draw_all(arguments: StudyArguments, results: Sequence[Result]) -> None:
     """Draw a picture for each task beside the results."""
     path = Path(arguments.results)
+    if path == RESULTS:  # the committed picture is of the study as it is by default
+        arguments = StudyArguments(table=True)
     for task in tasks_of(arguments, results):
         draw(make_parts(arguments, task), results, path.with_name(f"{path.stem}_{task}.png"))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what the flags ask for."""
-    with report_usage_errors("overparameterization.py"):
-        (arguments,) = HfArgumentParser(StudyArguments, description=__doc__).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
-        if arguments.table:
-            results = read(arguments.results)
-        else:
+    with report_usage_errors("overparameterization.py", (UsageError,)):
+        arguments = parse(StudyArguments, __doc__, argv)
+        check_table_stands_alone(arguments, "results")
+        if not arguments.table:
+            assert arguments.task is not None
             points = list(cells(make_parts(arguments, arguments.task), arguments.seeds))
             function = functools.partial(run_cell, data_dir=arguments.data_dir)
-            results = run_missing(points, function, arguments.results, arguments.num_processes)
+            run_missing(points, function, arguments.results, arguments.num_processes)
+        results = read(arguments.results, Cell().settings())
         print(report(arguments, results))
         draw_all(arguments, results)
 

@@ -6,12 +6,14 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from hf_lightsam import UsageError
@@ -19,13 +21,17 @@ from hf_lightsam import UsageError
 Result = dict[str, Any]
 
 
-def read(path: str | Path) -> list[Result]:
+def read(path: str | Path, names: Iterable[str] = ()) -> list[Result]:
     """Return the results in a file, in the order in which they came; none if there is no file.
 
     A last line without an end is what a killed process was writing: it is left out.
 
+    Args:
+        path: Of the file.
+        names: What each result has to have: the settings of a run.
+
     Raises:
-        UsageError: If a line is no JSON.
+        UsageError: If a line is no JSON, or is a result of another study.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,6 +44,10 @@ def read(path: str | Path) -> list[Result]:
             if not line.endswith("\n"):
                 break
             raise UsageError(f"results={str(path)!r}: line {number} is not JSON; expected one result a line") from None
+        if lacking := [name for name in names if name not in results[-1]]:
+            raise UsageError(
+                f"results={str(path)!r}: line {number} has no {lacking[0]!r}; expected this study's results"
+            )
     return results
 
 
@@ -87,7 +97,8 @@ def run_missing(
 ) -> list[Result]:
     """Run the points that a file lacks, and add each result when it is there.
 
-    Kill it when you like: the next call runs what is missing then. With several processes each has one thread.
+    Kill it when you like: the next call runs what is missing then. With several processes each has one thread. Where a
+    run fails, those that are under way beside it are finished and added before its error is raised.
 
     Args:
         points: Settings by name.
@@ -99,26 +110,59 @@ def run_missing(
         All results that the file now has.
 
     Raises:
-        UsageError: For a number of processes below 1.
+        UsageError: For a number of processes below 1, a file that cannot be written, or one to which another call adds
+            at the same time: both would run the same points.
     """
     if num_processes < 1:
         raise UsageError(f"num_processes={num_processes!r}: expected at least 1")
-    todo = missing(points, read(path))
-    progress = tqdm(total=len(todo), desc=Path(path).stem, disable=not todo)
-    if num_processes == 1:
-        for point in todo:
-            append(path, function(point))
-            progress.update()
-    elif todo:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(function, point) for point in todo]
-            try:
-                for future in as_completed(futures):
-                    append(path, future.result())
-                    progress.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    progress.close()
+    path = Path(path)
+    with _alone(path):
+        todo = missing(points, read(path))
+        with tqdm(total=len(todo), desc=path.stem, disable=not todo) as progress:
+            for result in _run(todo, function, num_processes):
+                append(path, result)
+                progress.update()
     return read(path)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the file that nobody else may add to."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"results={str(path)!r}: another process adds to it; expected a file of one's own") from None
+    except OSError as error:
+        raise UsageError(f"results={str(path)!r}: {error.strerror}; expected a file that can be written") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(
+    points: Sequence[Mapping[str, Any]], function: Callable[[Mapping[str, Any]], Result], num_processes: int
+) -> Iterator[Result]:
+    """Yield the results as they come."""
+    if num_processes == 1 or not points:
+        yield from map(function, points)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(function, point) for point in points]
+        failure: BaseException | None = None
+        try:
+            for future in as_completed(futures):
+                error = None if future.cancelled() else future.exception()
+                if error is not None:
+                    failure = failure or error
+                    pool.shutdown(wait=False, cancel_futures=True)
+                elif not future.cancelled():
+                    yield future.result()
+        except BaseException:  # an interrupt, or the file cannot be written
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        if failure is not None:
+            raise failure

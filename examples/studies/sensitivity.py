@@ -33,12 +33,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from encoders import check_width
+from command import check_table_stands_alone, parse
+from encoders import check_layers, check_width
 from finetuning import DEMO, Run, fine_tune, has_radius
 from grids import Grid, draw, summary, table, transfer
 from record import Result, read, run_missing
 from synthetic import WORST, SyntheticRun, minimize
-from transformers import HfArgumentParser
 
 from hf_lightsam import UsageError
 from hf_lightsam.errors import report_usage_errors
@@ -214,6 +214,11 @@ def check(arguments: StudyArguments) -> None:
                 raise UsageError(f"{name}={value!r}: expected some of the grid's {', '.join(map(str, allowed))}")
     if arguments.width:
         check_width(arguments.width)
+    else:
+        check_layers(arguments.layers)
+    for seed in arguments.seeds:
+        if seed < 0:
+            raise UsageError(f"seeds={seed!r}: expected whole numbers from 0 on")
     for name in ("num_processes", "layers", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"{name}={getattr(arguments, name)!r}: expected at least 1")
@@ -237,11 +242,10 @@ class Scores:
     def __init__(self, results: Iterable[Result], kind: type[Any], worst: float) -> None:
         self.kind = kind
         self.worst = worst
-        self.results: dict[Any, list[Result]] = {}
+        self.results: dict[Any, dict[int, Result]] = {}
         for result in results:
-            self.results.setdefault(self._key(kind(**{name: result[name] for name in kind().settings()})), []).append(
-                result
-            )
+            run = kind(**{name: result[name] for name in kind().settings()})
+            self.results.setdefault(self._key(run), {})[run.seed] = result
 
     @staticmethod
     def _key(run: Any) -> Any:
@@ -249,7 +253,7 @@ class Scores:
 
     def made(self, run: Any) -> list[Result]:
         """Return the results of a run, one a seed."""
-        return self.results.get(self._key(run), [])
+        return list(self.results.get(self._key(run), {}).values())
 
     def of(self, run: Any) -> list[float]:
         """Return the scores of a run, one a seed."""
@@ -316,7 +320,9 @@ class Problem:
                 continue
             rows: dict[str, list[Any]] = {}
             for name, optim in METHODS.items():
-                if has_radius(optim):
+                if not has_radius(optim):  # the same at all radii
+                    rows[f"{name}, no radius"] = len(self.remedy_radii) * list(grid_points(self.base, [name], [lr], []))
+                else:
                     rows[name] = list(grid_points(self.base, [name], [lr], self.remedy_radii))
                     rows[f"{name}, {SAFEGUARD}"] = list(safeguard_points(self.base, [name], [lr], self.remedy_radii))
             lines += self._by_radius(f"lr {lr:g}", rows)
@@ -344,31 +350,32 @@ class Problem:
 
 def by_radius(title: str, rows: Mapping[str, tuple[Sequence[Any], Scores]]) -> list[str]:
     """Return a table with a line for each name and a column for each radius; lines without a result are left out."""
-    lines: list[str] = []
+    radii: list[float] = next(([run.rho for run in runs] for runs, _ in rows.values() if runs[0].rho is not None), [])
+    head = [title, "seeds", *(f"rho {rho:g}" for rho in radii)]
+    lines: list[list[str]] = []
     for name, (runs, scores) in rows.items():
         means = [scores.mean(run) for run in runs]
         if any(not math.isnan(mean) for mean in means):
             seeds = max(len(scores.of(run)) for run in runs)
             cells = ["" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
-            if not lines:
-                radii = [f"rho {run.rho:g}" for run in runs]
-                lines = [f"| {title} | seeds | " + " | ".join(radii) + " |", "|" + "---|" * (len(radii) + 2)]
-            lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
-    return [*lines, ""] if lines else []
+            lines.append([name, str(seeds), *cells])
+    return [markdown(head, lines, numbers_from=1), ""] if lines else []
 
 
 def problems(folder: Path) -> list[Problem]:
     """Return the problems of which a folder has results."""
-    found = []
-    real = read(folder / REAL)
+    found: list[Problem] = []
+    real = read(folder / REAL, Run().settings())
     names = ("task", "train_rows", "layers", "widen", "width", "batch_size", "num_epochs")
     scores = Scores(real, Run, worst=0.0)
     for shared in dict.fromkeys(tuple(result[name] for name in names) for result in real):
         base = Run(**dict(zip(names, shared, strict=True)))
         one = next(result for result in real if all(result[n] == v for n, v in zip(names, shared, strict=True)))
         title = f"{base.task}, {base.train_rows or 'all'} rows, {size_of(one)}"
+        if any(title == other.title for other in found):
+            title += f", batches of {base.batch_size}, {base.num_epochs:g} epochs"
         found.append(Problem(title, base, scores, LR, RHO, LR, REMEDY_RHO, TOLERANCE))
-    easy = Scores(read(folder / SYNTHETIC), SyntheticRun, worst=WORST)
+    easy = Scores(read(folder / SYNTHETIC, SyntheticRun().settings()), SyntheticRun, worst=WORST)
     if easy.results:
         options = (SYNTHETIC_LR, SYNTHETIC_RHO, SYNTHETIC_REMEDY_LR, SYNTHETIC_REMEDY_RHO, SYNTHETIC_TOLERANCE)
         found.append(Problem("synthetic problem", SyntheticRun(), easy, *options))
@@ -460,8 +467,9 @@ def draw_all(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what the flags ask for."""
-    with report_usage_errors("sensitivity.py"):
-        (arguments,) = HfArgumentParser(StudyArguments, description=__doc__).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    with report_usage_errors("sensitivity.py", (UsageError,)):
+        arguments = parse(StudyArguments, __doc__, argv)
+        check_table_stands_alone(arguments, "results_dir")
         check(arguments)
         folder = Path(arguments.results_dir)
         if not arguments.table:
