@@ -231,7 +231,15 @@ def test_script_on_the_demos_rows(
     assert all(result["zeros"] == pytest.approx(0.9, abs=1e-3) for result in sparse)
     assert all(result["zeros"] < 1e-3 for result in results if not result["sparsity"])
     measured = [result for result in results if result["hessian_rows"]]
-    assert all(result["lambda_max"] > 0 and abs(result["s_2"]) < 1e-2 for result in measured)  # one row: no spread
+    assert [entry["step"] for entry in measured[0]["hessian"]] == [2, 5, 8, 10]
+    moments = [entry for result in measured for entry in result["hessian"]]
+    assert all(entry["lambda_max"] > 0 and abs(entry["s_2"]) < 1e-2 for entry in moments)  # one row: no spread
+    unmeasured = [
+        result for result in results if result["width"] == 16 and not result["sparsity"] and not result["mask"]
+    ]
+    for result in measured:  # and they do not disturb the training
+        twin = next(r for r in unmeasured if r["optim"] == result["optim"] and not r["hessian_rows"])
+        assert (twin["score"], twin["train_loss"]) == (result["score"], result["train_loss"])
     assert all(result["sharpness"] is not None for result in results if result["rho"])
     printed = capsys.readouterr().out
     assert "## demo: 9 runs" in printed

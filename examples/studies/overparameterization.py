@@ -8,7 +8,7 @@ Each part changes one thing and leaves the rest:
   encoder: with 60 % noise on 1,000 rows it stays at chance;
 - ``snip``, ``random``: its sparsity at initialisation; see ``masks.py``;
 - ``weight_decay``: decoupled, so all in all it shrinks weights by about ``lr * weight_decay`` times half the steps;
-- ``hessian``: Transformers from scratch again, and the Hessian of the training loss where they end.
+- ``hessian``: Transformers from scratch again, and the Hessian of the training loss along the way.
 
 All methods have the same learning rate, and SAM and LightSAM-Adam the same radius: none is tuned for a size or a
 method. From scratch the rate is 1e-3, at which AdamW trains all widths from 32 to 128; at 3e-3 width 128 stays near
@@ -35,6 +35,7 @@ from encoders import check_layers, check_width
 from finetuning import DEMO, Rows, Run, guess_loss, load_rows, make_model, make_trainer, outcome, quiet, timed
 from masks import hold_at_zero, make_mask, maskable
 from record import Result, read, run_missing
+from transformers import TrainerCallback
 
 from hf_lightsam import LightSAMTrainer, UsageError
 from hf_lightsam.errors import report_usage_errors
@@ -66,6 +67,8 @@ ORDERS = (2, 3, 4)
 """Of the Hessian moments."""
 LAMBDA_MAX_ROWS = 64
 """For the largest eigenvalue of the Hessian."""
+HESSIAN_TIMES = (0.25, 0.5, 0.75, 1.0)
+"""When the Hessian is measured, in shares of the steps."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class Cell(Run):
     Attributes:
         mask: ``random`` or ``snip``, for a ``sparsity`` above 0; see ``masks.py``.
         sparsity: Share of the encoder's matrices that is zero from the start.
-        hessian_rows: Measure the Hessian moments of the trained model on so many training rows, and the largest
-            eigenvalue on 64; 0: neither.
+        hessian_rows: Measure the Hessian moments along the way (``HESSIAN_TIMES``) on so many training rows, and the
+            largest eigenvalue on 64; 0: neither.
     """
 
     mask: str = ""
@@ -202,8 +205,8 @@ def run_cell(settings: Mapping[str, Any], data_dir: str | None = None) -> Result
 
     Returns:
         What ``finetuning.fine_tune`` returns; ``zeros``, the share of the maskable weights that are zero at the end;
-        ``lambda_max``, ``s_2``, ``s_3`` and ``s_4`` where they are measured. ``seconds`` and ``cpu_seconds`` are of all
-        that follows the loading of rows and model.
+        ``hessian``, a list of ``step``, ``lambda_max``, ``s_2``, ``s_3`` and ``s_4``, where they are measured.
+        ``seconds`` and ``cpu_seconds`` are of all that follows the loading of rows and model.
     """
     quiet()
     cell = Cell(**settings)
@@ -213,13 +216,18 @@ def run_cell(settings: Mapping[str, Any], data_dir: str | None = None) -> Result
     if cell.sparsity:
         mask = make_mask(model, cell.mask, cell.sparsity, cell.seed, _batch(trainer, rows, 64))
         hold_at_zero(list(maskable(model).values()), mask)
+    along = HessianAlongTheWay(cell, trainer, rows)
+    if cell.hessian_rows:
+        trainer.add_callback(along)
     result = cell.settings()
 
     def work() -> None:
         trainer.train()
         weights = list(maskable(model).values())
         zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-        result.update({**outcome(trainer, rows.task), "zeros": zeros, **_hessian(cell, trainer, rows)})
+        result.update({**outcome(trainer, rows.task), "zeros": zeros})
+        if along.measured:
+            result["hessian"] = along.measured
 
     times = timed(work)
     return {**result, **times}
@@ -232,17 +240,36 @@ def _batch(trainer: LightSAMTrainer, rows: Rows, size: int) -> dict[str, torch.T
     return dict(loader.collate_fn([loader.dataset[index] for index in range(len(first))]))
 
 
-def _hessian(cell: Cell, trainer: LightSAMTrainer, rows: Rows) -> Result:
-    if not cell.hessian_rows:
-        return {}
-    model: Any = trainer.model
-    largest = hessian_eigenvalues(
-        HessianOperator(model, [_batch(trainer, rows, LAMBDA_MAX_ROWS)]), tolerance=1e-2, max_products=40
-    )
-    few = HessianOperator(model, [_batch(trainer, rows, cell.hessian_rows)])
-    moments = hessian_moments(few, ORDERS, tolerance=2e-2, max_products=20)
-    values = {f"s_{order}": moment.value for order, moment in moments.items()}
-    return {"lambda_max": largest.values[0] if largest.values else None, **values}
+class HessianAlongTheWay(TrainerCallback):
+    """Measures the Hessian of the training loss at ``HESSIAN_TIMES``; the training goes on as if it had not.
+
+    Args:
+        cell: The run.
+        trainer: Its trainer.
+        rows: Its rows.
+
+    Attributes:
+        measured: What :func:`run_cell` returns as ``hessian``.
+    """
+
+    def __init__(self, cell: Cell, trainer: LightSAMTrainer, rows: Rows) -> None:
+        self.cell, self.trainer, self.rows = cell, trainer, rows
+        self.measured: list[dict[str, Any]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, where a share of the steps is done."""
+        if state.global_step in {max(1, round(share * state.max_steps)) for share in HESSIAN_TIMES}:
+            with torch.random.fork_rng():
+                self.measured.append({"step": state.global_step, **self._measure()})
+
+    def _measure(self) -> dict[str, Any]:
+        model: Any = self.trainer.model  # in the measures its dropout is off
+        batch = _batch(self.trainer, self.rows, LAMBDA_MAX_ROWS)
+        largest = hessian_eigenvalues(HessianOperator(model, [batch]), tolerance=1e-2, max_products=40)
+        few = HessianOperator(model, [_batch(self.trainer, self.rows, self.cell.hessian_rows)])
+        moments = hessian_moments(few, ORDERS, tolerance=2e-2, max_products=20)
+        values = {f"s_{order}": moment.value for order, moment in moments.items()}
+        return {"lambda_max": largest.values[0] if largest.values else None, **values}
 
 
 def found(results: Sequence[Result], level: Mapping[str, Any]) -> dict[str, dict[int, Result]]:
@@ -322,14 +349,15 @@ def hessian_table(parts: Mapping[str, Part], results: Sequence[Result]) -> str:
     lines = []
     for label, level in parts["hessian"].levels.items() if "hessian" in parts else ():
         for method, by_seed in found(results, level).items():
-            measured = {seed: result for seed, result in by_seed.items() if "s_2" in result}
-            if measured:
-                values = [_mean(measured, name) for name in names]
-                lines.append([label, method, str(len(measured)), *values])
+            series = {seed: result["hessian"] for seed, result in by_seed.items() if result.get("hessian")}
+            for index in range(min(map(len, series.values()), default=0)):
+                now = {seed: measured[index] for seed, measured in series.items()}
+                step = next(iter(now.values()))["step"]
+                lines.append([label, method, str(step), str(len(now)), *(_mean(now, name) for name in names)])
     if not lines:
         return ""
-    title = "### Transformer from scratch: the Hessian of the training loss at the end"
-    return f"{title}\n\n{markdown(['width', 'method', 'seeds', *names], lines, numbers_from=2)}"
+    title = "### Transformer from scratch: the Hessian of the training loss along the way"
+    return f"{title}\n\n{markdown(['width', 'method', 'step', 'seeds', *names], lines, numbers_from=2)}"
 
 
 def draw(parts: Mapping[str, Part], results: Sequence[Result], path: Path) -> None:
