@@ -8,7 +8,7 @@ half decades, two decades of ``rho`` up and down. The blocks:
     scales     form III with rho a length for each weight (``rho_scale="coordinate"``, the paper's letter) and for all
                weights (``"global"``, the default), with and without bias correction, over sizes of model
     remedies   what theory offers against a radius that is too large, over all radii: see ``REMEDIES``
-    safeguard  all methods with the adaptive radius, over all radii
+    safeguard  all methods with the adaptive radius and without, over all radii
     synthetic  the grid, remedies and safeguard on the small non-convex problem of ``parameter_agnostic.py``
 
 Results are added to a file, a line a run; runs that are in it are not made again, so kill it when you like. The first
@@ -153,11 +153,11 @@ def remedy_points(base: Any, rates: Sequence[float], radii: Sequence[float]) -> 
 def safeguard_points(
     base: Any, methods: Iterable[str], rates: Sequence[float], radii: Sequence[float]
 ) -> Iterator[Any]:
-    """Yield the methods with an adaptive radius at all radii; arguments as of :func:`grid_points`."""
-    for method in methods:
-        for lr in rates:
-            for rho in radii if has_radius(METHODS[method]) else ():
-                yield dataclasses.replace(base, optim=METHODS[method], lr=lr, rho=rho, **REMEDIES[SAFEGUARD])
+    """Yield the methods with an adaptive radius at all radii, and without; arguments as of :func:`grid_points`."""
+    for run in grid_points(base, methods, rates, radii):
+        if has_radius(run.optim):
+            yield dataclasses.replace(run, **REMEDIES[SAFEGUARD])
+            yield run
 
 
 def scale_points(base: Run) -> Iterator[Run]:
@@ -316,7 +316,8 @@ class Problem:
         """Return the table of all methods with and without the adaptive radius, by radius."""
         lines: list[str] = []
         for lr in self.remedy_rates:
-            if not any(map(self.scores.of, safeguard_points(self.base, METHODS, [lr], self.remedy_radii))):
+            guarded = (run for run in safeguard_points(self.base, METHODS, [lr], self.remedy_radii) if run.optim_args)
+            if not any(map(self.scores.of, guarded)):
                 continue
             rows: dict[str, list[Any]] = {}
             for name, optim in METHODS.items():
@@ -324,7 +325,9 @@ class Problem:
                     rows[f"{name}, no radius"] = len(self.remedy_radii) * list(grid_points(self.base, [name], [lr], []))
                 else:
                     rows[name] = list(grid_points(self.base, [name], [lr], self.remedy_radii))
-                    rows[f"{name}, {SAFEGUARD}"] = list(safeguard_points(self.base, [name], [lr], self.remedy_radii))
+                    rows[f"{name}, {SAFEGUARD}"] = [
+                        dataclasses.replace(run, **REMEDIES[SAFEGUARD]) for run in rows[name]
+                    ]
             lines += self._by_radius(f"lr {lr:g}", rows)
         return lines
 
