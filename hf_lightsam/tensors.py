@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
@@ -70,6 +71,26 @@ def _sharded_norms(tensors: Sequence[DTensor]) -> list[Tensor]:
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target: exact, one kernel per device and dtype."""
     torch._foreach_copy_(local(targets), local(sources))
+
+
+def can_leave_storage(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> list[bool]:
+    """Return which parameters may be moved to the storage of their copies, and back, unseen by anybody else.
+
+    It spares a copy there and back. Not on accelerators, where graphs hold addresses and the copy is cheap beside the
+    passes; not shards, which their engine holds too; not views, nor parameters that share a storage.
+    """
+    owners = Counter(p.untyped_storage().data_ptr() for p in parameters if _is_plain(p))
+    return [
+        _is_plain(p)
+        and owners[p.untyped_storage().data_ptr()] == 1
+        and p.untyped_storage().nbytes() == p.numel() * p.element_size() > 0
+        and p.stride() == other.stride()
+        for p, other in zip(parameters, others, strict=True)
+    ]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
 def difference_norm(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..passes.plan import GradientPlan
 from ..passes.two_pass import TwoPass
-from ..tensors import check_gradient, copy_, difference_norm, local, total_norm
+from ..tensors import can_leave_storage, check_gradient, copy_, difference_norm, local, total_norm
 from .radius import LAST_STEP, RHO_SCHEDULES, longest_perturbation, note_step, schedule_factor, shorten_
 from .rules import Rule
 from .rules.base import Group
@@ -61,7 +61,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     - A group with ``rho=0`` is not perturbed, nor is a parameter without a gradient; the latter is not stepped either.
     - A zero, infinite or NaN ascent gradient gives no perturbation and leaves the ascent's state alone; fused kernels
       decide that on the device, without waiting.
-    - Restoring copies saved weights back and subtracts nothing: exact in any dtype. The copy is allocated once.
+    - Restoring subtracts nothing: exact in any dtype. Saved weights are copied back, or, on CPUs, the perturbation is
+      made in the copy, and the weights' own storage is never written. The copy is allocated once.
     - Weight decay belongs to the descent step, at the restored weights.
 
     Args:
@@ -147,6 +148,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self.effective_rho = None
         self._perturbed: list[Tensor] = []
         self._saved: list[Tensor] = []
+        self._away: list[int] = []  # which of the perturbed are in the storage of their buffers
         self._moved: list[Tensor] = []  # in this step, so that the buffers hold their places before it
         self._buffers: dict[Tensor, Tensor] = {}
         self._ascended = False
@@ -279,11 +281,18 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self.effective_rho = rho * share
 
     def _hold(self, parameters: list[Tensor]) -> None:
-        """Save parameters that are about to be moved."""
-        self._saved = [self._buffer(p) for p in parameters]
-        copy_(self._saved, parameters)
+        """Save parameters that are about to be moved, or have them move in the place of their copies."""
+        buffers = [self._buffer(p) for p in parameters]
+        copy_(buffers, parameters)
+        can_leave = [False] * len(parameters) if self.adaptive_rho else can_leave_storage(parameters, buffers)
+        self._saved = [
+            p.detach() if leaves else buffer for p, buffer, leaves in zip(parameters, buffers, can_leave, strict=True)
+        ]
         self._perturbed = self._moved = parameters
+        self._away = [index for index, leaves in enumerate(can_leave) if leaves]
         _perturbed_by.update(dict.fromkeys(map(id, parameters), weakref.ref(self)))
+        for index in self._away:
+            parameters[index].data = buffers[index]
 
     def _ascent_groups(self) -> list[Group]:
         """Return the ascent's groups that have a radius, with the options that they share with the descent's."""
@@ -314,10 +323,15 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         """Put the weights back as they were before :meth:`perturb`, bit for bit. Does nothing when they are there."""
         if not self._perturbed:
             return
-        copy_(self._perturbed, self._saved)
+        for index in self._away:  # home again, to where nothing was written
+            self._perturbed[index].data = self._saved[index]
+        if len(self._away) < len(self._perturbed):
+            away = set(self._away)
+            stayed = [index for index in range(len(self._perturbed)) if index not in away]
+            copy_([self._perturbed[index] for index in stayed], [self._saved[index] for index in stayed])
         for parameter in self._perturbed:
             _perturbed_by.pop(id(parameter), None)
-        self._perturbed, self._saved = [], []
+        self._perturbed, self._saved, self._away = [], [], []
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -559,6 +573,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             **{name: getattr(self, name) for name in self._copied},
             "_perturbed": [],
             "_saved": [],
+            "_away": [],
             "_moved": [],
             "_buffers": {},
             "_ascended": self._ascended,
