@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from hf_lightsam import UsageError
+
 Phases = Sequence[tuple[str, Callable[[], object]]]
 """What one repetition of a case does, in order, by name."""
 
@@ -88,6 +90,19 @@ def interleaved(
 def ratio(timing: Timing, reference: Timing) -> float:
     """Return the median over turns of a case's time over the reference's in the same turn."""
     return statistics.median(a / b for a, b in zip(timing.seconds, reference.seconds, strict=True))
+
+
+def check_device(name: str) -> torch.device:
+    """Return a device that is there.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accepted = ["cpu", *([accelerator.type] if accelerator else [])]
+    if name.split(":")[0] not in accepted:
+        raise UsageError(f"device={name!r}: expected {' or '.join(accepted)}, which are here")
+    return torch.device(name)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Phases, Timing, add, environment, interleaved, ratio, read
+from measure import Phases, Timing, add, check_device, environment, interleaved, ratio, read
 from shapes import CONFIGS, Shapes, shapes_of
 from torch import Tensor
 from transformers import HfArgumentParser
@@ -161,7 +161,7 @@ def measure(arguments: BenchmarkArguments, name: str) -> dict[str, Any]:
     Returns:
         What goes into the result file; ``turns`` holds the seconds of each phase of the cases that took turns.
     """
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    device, dtype = check_device(arguments.device), getattr(torch, arguments.dtype)
     found = cases(arguments.peers)
     most_copies = 2 + 1 + max(case.copies for case in found.values())
     budget = arguments.memory * 2**30 / dtype.itemsize

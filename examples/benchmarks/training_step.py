@@ -19,7 +19,7 @@ from typing import Any
 
 import datasets
 import torch
-from measure import Timing, add, environment, ratio, read, stopwatch
+from measure import Phases, Timing, add, check_device, environment, ratio, read, stopwatch
 from shapes import CONFIGS
 from transformers import (
     AutoModelForSequenceClassification,
@@ -63,8 +63,7 @@ class BenchmarkArguments:
         for name in ("batch_size", "length", "repetitions"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected at least 1")
-        if self.device != "cpu" and not torch.accelerator.is_available():
-            raise UsageError(f"device={self.device!r}: no accelerator is available; expected cpu")
+        check_device(self.device)
 
 
 class Turns(TrainerCallback):
@@ -109,29 +108,29 @@ class Turns(TrainerCallback):
 class PeerTrainer(Trainer):
     """Trains with another SAM: a gradient, its first step, a gradient again, its second step."""
 
-    phases: list[tuple[str, Callable[[], object]]]
+    make_phases: Callable[..., Phases]
+    steps: PeerSteps
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make an optimizer whose step is all that the peer does after the second gradient."""
-        self.optimizer = PeerSteps(list(self.model.parameters()), self.make_phases)
-        return self.optimizer
+        assert self.model is not None
+        self.steps = PeerSteps(list(self.model.parameters()), self.make_phases)
+        self.optimizer = self.steps
+        return self.steps
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Take both gradients."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        optimizer.phases[0][1]()
+        self.steps.phases[0][1]()
         model.zero_grad()
         super().training_step(model, inputs, num_items_in_batch)
         return loss
-
-    make_phases: Callable[..., list[tuple[str, Callable[[], object]]]]
 
 
 class PeerSteps(torch.optim.Optimizer):
     """What the Trainer needs to see of a peer: groups, and a step."""
 
-    def __init__(self, parameters: list[torch.Tensor], make_phases: Callable[..., Any]) -> None:
+    def __init__(self, parameters: list[torch.Tensor], make_phases: Callable[..., Phases]) -> None:
         super().__init__(parameters, {"lr": 1e-5})
         self.phases = make_phases(parameters, fused=True)
 
