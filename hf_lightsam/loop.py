@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import UsageError
 from .optim import SharpnessAwareOptimizer
-from .passes import Window, frozen_running_statistics, modules_with_running_statistics, unscale
+from .passes import CheaperAscent, Window, frozen_running_statistics, modules_with_running_statistics, unscale
 from .passes.no_sync import no_sync
 from .passes.row_losses import FromOutputs, RowLosses, recorded_row_losses
 from .validation_rows import BatchesByNumber
@@ -71,6 +71,7 @@ class SharpnessAwareLoop:
         replay_rng: Give both passes the same dropout masks.
         sync_ascent: Average the ascent gradient over ranks; otherwise each rank perturbs by the gradient of its own
             rows, which spares half of the communication (m-sharpness).
+        cheaper: How ascents are spared. With ``start``, :meth:`step` needs ``progress``. Default: they are not.
         row_losses: For methods that choose rows: returns the loss of each row, of shape (rows,), from the model's
             outputs and the micro-batch. Default: told from ``logits`` and ``labels`` as Transformers' losses do.
         validation_batches: For methods that learn on rows kept apart (LETS), and only for them: a function that
@@ -93,6 +94,7 @@ class SharpnessAwareLoop:
         max_grad_norm: float | None = None,
         replay_rng: bool = True,
         sync_ascent: bool = True,
+        cheaper: CheaperAscent | None = None,
         row_losses: FromOutputs | None = None,
         validation_batches: Callable[[int], Sequence[Any]] | Iterable[Any] | None = None,
     ) -> None:
@@ -117,7 +119,7 @@ class SharpnessAwareLoop:
             raise UsageError(f"validation_batches={given}: {type(inner).__name__} expects {expected}")
         self.validation_batches = None if validation_batches is None else BatchesByNumber(validation_batches)
         inner.bind(accelerator.unwrap_model(model))
-        self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent)
+        self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent, cheaper=cheaper)
         self.plan.check_ranks(accelerator.num_processes)
         self._with_running_statistics = modules_with_running_statistics(model)
 
@@ -128,7 +130,8 @@ class SharpnessAwareLoop:
 
         Args:
             micro_batches: At least one; on the device. Each is run forward and backward as often as the method says.
-            progress: Share of the training that is done, from 0 to 1; ``SSAM(mask="dynamic")`` needs it.
+            progress: Share of the training that is done, from 0 to 1; ``SSAM(mask="dynamic")`` and an ascent's
+                ``start`` need it.
             epoch: Epochs done, with their fraction; ``SSAM(update_epochs=...)`` needs it.
 
         Returns:

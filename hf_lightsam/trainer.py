@@ -34,7 +34,7 @@ from .model_card.trainer_card import extend_card, keeping_the_model
 from .optim import SharpnessAwareOptimizer
 from .optim.recipes import get_recipe
 from .optim_flag import constructing_our_trainer, is_registered, optim_name
-from .passes import GradientPlan, modules_with_running_statistics
+from .passes import CheaperAscent, GradientPlan, modules_with_running_statistics
 from .sigterm import checkpoint_on_sigterm_between_steps
 from .step_statistics import StepStatistics
 from .trainer_window import TrainerWindow, ask_the_loss
@@ -116,6 +116,7 @@ class SharpnessAwareMixin(_Base):
             optimizer_arguments(self.args)  # options are checked now, not when training starts
         self._refuse_engines()
         self._refuse_other_optimizers()
+        self._refuse_cheaper_ascents()
         self._validation_rows = self._find_validation_rows(validation_dataset)
         self._statistics = StepStatistics(self.args.device)
         self.add_callback(_PlanCallback(self))
@@ -213,6 +214,17 @@ class SharpnessAwareMixin(_Base):
             "expected an optimizer such as hf_lightsam.LightSAM, or optim='adamw_torch' to train without a perturbation"
         )
 
+    def _refuse_cheaper_ascents(self) -> None:
+        """Refuse options of the ascent that the method's plan does not have, or that nothing would come of."""
+        cheaper = CheaperAscent.from_arguments(self.args)
+        if self.is_sharpness_aware:
+            self._plan_class().check_cheaper(cheaper)
+        if cheaper.dtype is not None and (self.args.bf16 or self.args.fp16):
+            mixed = "bf16" if self.args.bf16 else "fp16"
+            raise UsageError(
+                f"ascent_dtype={cheaper.dtype!r}: {mixed}=True has both passes in low precision; expected None"
+            )
+
     # ---- Validation rows ----------------------------------------------------------------------------------------
 
     def _find_validation_rows(self, dataset: Any) -> ValidationRows | None:
@@ -274,7 +286,7 @@ class SharpnessAwareMixin(_Base):
             optimizer.forget_ascents_without_a_step()  # of a batch that auto_find_batch_size has made smaller since
             optimizer.bind(self.accelerator.unwrap_model(self._module()))
             options = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
-            self._plan = optimizer.make_plan(**options)
+            self._plan = optimizer.make_plan(**options, cheaper=CheaperAscent.from_arguments(self.args))
             self._plan.check_ranks(self.args.world_size)
             self._with_running_statistics = modules_with_running_statistics(self._module())
             if self._resumed_from is not None:

@@ -11,6 +11,7 @@ from .errors import UsageError
 from .optim.recipes import RECIPES, Recipe, get_recipe
 from .optim.validation import check_number
 from .optim_flag import is_registered, optim_name, register
+from .passes import CheaperAscent
 
 register()  # before the parser asks the enum for its choices
 
@@ -117,6 +118,15 @@ class LightSAMTrainingArguments(TrainingArguments):
         sync_ascent: Average the ascent gradient over all ranks, so that the step is that of one large batch. False:
             each rank perturbs by the gradient of its own rows (m-sharpness), which spares half of the communication;
             not with FSDP. Default: true.
+        ascent_rows: Share of the rows of each micro-batch that the ascent gradient is taken on, in (0, 1]: a step costs
+            ``1 + ascent_rows`` gradients. This and the next four are beyond the papers; see
+            :class:`~hf_lightsam.passes.CheaperAscent`. Default: 1.
+        ascent_every: Take a new ascent gradient in every so many steps only; those between perturb along the last one
+            again. Default: 1.
+        ascent_start: Share of the training, in [0, 1), that passes without a perturbation. Default: 0.
+        ascent_gradient: ``"fresh"``, or ``"previous"``: perturb along the gradient of the last step's descent, so that
+            a step costs one gradient. Default: ``"fresh"``.
+        ascent_dtype: ``"bfloat16"``: take the ascent gradient alone under autocast to it. Default: None.
 
     Raises:
         UsageError: At construction, for an option that is out of range, does not parse (``optim_args``), is given
@@ -263,11 +273,34 @@ class LightSAMTrainingArguments(TrainingArguments):
         },
     )
 
+    ascent_rows: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the rows that the ascent gradient is taken on; a step costs 1 + so many gradients."
+        },
+    )
+    ascent_every: int = field(
+        default=1,
+        metadata={"help": "Take a new ascent gradient in every so many steps, and perturb along the last one between."},
+    )
+    ascent_start: float = field(
+        default=0.0, metadata={"help": "Share of the training that passes without a perturbation."}
+    )
+    ascent_gradient: Literal["fresh", "previous"] = field(
+        default="fresh",
+        metadata={"help": "previous: perturb along the gradient of the last descent; a step costs one gradient."},
+    )
+    ascent_dtype: Literal["bfloat16"] | None = field(
+        default=None, metadata={"help": "bfloat16: take the ascent gradient, and that alone, under autocast to it."}
+    )
+
     def __post_init__(self) -> None:
         """Check the method's options after Transformers has checked its own."""
         super().__post_init__()
+        cheaper = CheaperAscent.from_arguments(self)
         if is_registered(self.optim):
             recipe, _ = optimizer_arguments(self)
+            recipe.optimizer.plan_class.check_cheaper(cheaper)
             if self.validation_fraction is not None and not recipe.optimizer.plan_class.needs_validation:
                 raise UsageError(
                     f"validation_fraction={self.validation_fraction!r}: optim={recipe.name!r} learns on no rows kept "
@@ -275,6 +308,7 @@ class LightSAMTrainingArguments(TrainingArguments):
                 )
         else:
             given = [name for name in (*_FIELDS, "validation_fraction") if getattr(self, name) is not None]
+            given += [f"ascent_{name}" for name in cheaper.changed]
             if given:
                 raise UsageError(
                     f"{given[0]}={getattr(self, given[0])!r}: not an option of "

@@ -455,6 +455,15 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             )
         self.ascent.make_state(self._ascent_groups())
 
+    def pass_over_ascent(self) -> None:
+        """Say that the step along the present gradients is plain descent: it is not refused.
+
+        The ascent's state is made all the same, as zeros, so that every checkpoint has it.
+        """
+        self._refuse_while_perturbed("pass_over_ascent")
+        self.ascent.make_state(self._ascent_groups())
+        self._ascended = True
+
     def forget_ascents_without_a_step(self) -> None:
         """Drop the ascent's state if no step was ever taken: of a first try that failed, as out of memory."""
         if not self._has_stepped:

@@ -1,5 +1,6 @@
 """Gradient plans: which gradients a step takes, on which rows and ranks. One file a plan."""
 
+from .cheaper_ascent import CheaperAscent
 from .loss_scale import unscale
 from .micro_batch import MicroBatch
 from .plan import GradientPlan, WindowResult
@@ -11,6 +12,7 @@ from .two_pass import TwoPass
 from .window import Window
 
 __all__ = [
+    "CheaperAscent",
     "GradientPlan",
     "MicroBatch",
     "RngState",

@@ -54,6 +54,7 @@ class LearnedRadius(TwoPass):
 
     evaluations: ClassVar[str] = "2 + 2/rho_update_steps"
     needs_validation: ClassVar[bool] = True
+    cheaper_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, optimizer: LearnedRadiusSAM, hypergradient: str, **options: Any) -> None:
         super().__init__(optimizer, **options)

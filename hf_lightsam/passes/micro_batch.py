@@ -35,6 +35,7 @@ class MicroBatch(GradientPlan):
     """
 
     has_local_ascent: ClassVar[bool] = True
+    cheaper_options: ClassVar[tuple[str, ...]] = ("start",)
     refused_engines: ClassVar[dict[str, str]] = {"fsdp": "no rank has a whole gradient of its own shard of rows"}
 
     def __init__(self, optimizer: SharpnessAwareOptimizer, num_micro_batches: int, **options: Any) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
 from ..tensors import check_gradient, local
+from .cheaper_ascent import CheaperAscent
 from .plan import GradientPlan, WindowResult, added
 from .running_statistics import modules_with_running_statistics
 from .window import Window
@@ -79,13 +80,14 @@ class Parallel(GradientPlan):
         *,
         replay_rng: bool = True,
         sync_ascent: bool = True,
+        cheaper: CheaperAscent | None = None,
     ) -> None:
         if not sync_ascent:
             raise UsageError(
                 "sync_ascent=False: SAMPa perturbs along a gradient of the step before, which all ranks have; "
                 "expected True"
             )
-        super().__init__(optimizer, replay_rng=False, sync_ascent=True)
+        super().__init__(optimizer, replay_rng=False, sync_ascent=True, cheaper=cheaper)
         self.interpolation = interpolation
         self._with_running_statistics = [] if model is None else modules_with_running_statistics(model)
         self._sharded = [] if model is None else [m for m in model.modules() if isinstance(m, FSDPModule)]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
+from .cheaper_ascent import CheaperAscent
 from .rng import RngState
 from .window import Window
 
@@ -44,6 +46,10 @@ class GradientPlan(ABC):
         replay_rng: Start each run of rows after the first with the random numbers of the first: the same dropout masks.
         sync_ascent: Average the ascent gradient over ranks. Otherwise each rank perturbs by the gradient of its own
             rows (m-sharpness, arXiv 2010.01412, section 4.1), which spares half of the communication.
+        cheaper: How ascents are spared. Default: they are not.
+
+    Raises:
+        UsageError: For an option of ``cheaper`` that the plan does not have.
     """
 
     evaluations: ClassVar[str] = "2"
@@ -58,12 +64,36 @@ class GradientPlan(ABC):
     has_local_ascent: ClassVar[bool] = False
     """Whether ranks perturb by gradients of their own whatever ``sync_ascent`` says."""
 
+    cheaper_options: ClassVar[tuple[str, ...]] = ()
+    """Options of :class:`CheaperAscent` that the plan has."""
+
     def __init__(
-        self, optimizer: SharpnessAwareOptimizer, *, replay_rng: bool = True, sync_ascent: bool = True
+        self,
+        optimizer: SharpnessAwareOptimizer,
+        *,
+        replay_rng: bool = True,
+        sync_ascent: bool = True,
+        cheaper: CheaperAscent | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.replay_rng = replay_rng
         self.sync_ascent = sync_ascent and not self.has_local_ascent
+        self.cheaper = cheaper or CheaperAscent()
+        self.check_cheaper(self.cheaper)
+
+    @classmethod
+    def check_cheaper(cls, cheaper: CheaperAscent) -> None:
+        """Refuse options that the plan does not have.
+
+        Raises:
+            UsageError: Naming the first of them.
+        """
+        for name in cheaper.changed:
+            if name not in cls.cheaper_options:
+                raise UsageError(
+                    f"ascent_{name}={getattr(cheaper, name)!r}: not with a method whose gradients are taken by "
+                    f"{cls.__name__}; expected the default, or one of the methods of two passes such as lightsam_adam"
+                )
 
     # ---- For the loop around -----------------------------------------------------------------------------------
 
@@ -81,10 +111,28 @@ class GradientPlan(ABC):
         window.zero_grad()
         if not self.optimizer.wants_ascent:  # the only gradient, which all ranks share whatever is asked of an ascent
             return WindowResult(self.first_pass(window, window.micro_batches, sync=True)[0])
+        if self._comes_before_the_start(window):
+            return self.descend_plainly(window)
         try:
             return self.take_gradients(window, measure=measure)
         finally:
             self.optimizer.restore()
+
+    def _comes_before_the_start(self, window: Window) -> bool:
+        if not self.cheaper.start:
+            return False
+        if window.progress is None:
+            raise UsageError(
+                f"progress=None: expected the share of the training that is done, from 0 to 1, as ascent_start="
+                f"{self.cheaper.start!r} is one"
+            )
+        return window.progress < self.cheaper.start
+
+    def descend_plainly(self, window: Window) -> WindowResult:
+        """Take the gradient at the weights, for a step that has no ascent."""
+        losses, _ = self.first_pass(window, window.micro_batches, sync=True)
+        self.optimizer.pass_over_ascent()
+        return WindowResult(losses)
 
     @abstractmethod
     def take_gradients(self, window: Window, *, measure: bool) -> WindowResult:

@@ -80,6 +80,7 @@ class Selective(GradientPlan):
 
     evaluations: ClassVar[str] = "1 + gamma (+ a forward)"
     refused_engines: ClassVar[dict[str, str]] = {"fsdp": NO_FSDP}
+    cheaper_options: ClassVar[tuple[str, ...]] = ("start",)
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class SparseMask(TwoPass):
     """
 
     evaluations: ClassVar[str] = "2 (+ single rows at a Fisher refresh)"
+    cheaper_options: ClassVar[tuple[str, ...]] = ("start",)
     refused_engines: ClassVar[dict[str, str]] = {
         "fsdp": "whose ranks hold parts of the model, while weights are selected over the whole of it"
     }
