@@ -297,8 +297,8 @@ def test_committed_results(tmp_path: Path) -> None:
     import record
 
     results = record.read(study.RESULTS)
-    names = list(study.Cell().settings())
-    keys = [tuple(result[name] for name in names) for result in results]
+    like = study.Cell().settings()
+    keys = [tuple(record.setting(result, name, like[name]) for name in like) for result in results]
     assert len(keys) == len(set(keys)) > 0
     assert all(0.0 <= result["score"] <= 1.0 for result in results)
     # The picture is drawn beside the results that are named.

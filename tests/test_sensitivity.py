@@ -74,6 +74,20 @@ def test_a_file_is_one_calls_at_a_time(tmp_path: Path) -> None:
         record.run_missing([{"x": 1}], double, tmp_path / "file" / "r.jsonl")
 
 
+def test_a_setting_that_came_later_was_neutral_before(tmp_path: Path) -> None:
+    import record
+
+    record.append(tmp_path / "r.jsonl", {"x": 1, "y": 2.0})
+    new = [
+        {"x": 1, "text": "", "number": 0.0},
+        {"x": 1, "text": "a", "number": 0.0},
+        {"x": 1, "text": "", "number": 1.0},
+    ]
+    assert record.missing(new, record.read(tmp_path / "r.jsonl")) == new[1:]
+    assert record.is_run_of({"x": 1}, new[0])
+    assert not record.is_run_of({"x": 1}, new[1])
+
+
 def test_results_of_another_study_are_told(tmp_path: Path) -> None:
     import record
 
@@ -342,7 +356,7 @@ def test_committed_grids_are_whole() -> None:
     for name in (sensitivity.REAL, sensitivity.SYNTHETIC):
         results = record.read(sensitivity.RESULTS / name)
         settings = Run().settings() if name == sensitivity.REAL else sensitivity.SyntheticRun().settings()
-        keys = [tuple(result[name] for name in settings) for result in results]
+        keys = [tuple(record.setting(result, name, settings[name]) for name in settings) for result in results]
         assert len(keys) == len(set(keys)) > 0
     for problem in sensitivity.problems(sensitivity.RESULTS):
         grids = problem.grids()

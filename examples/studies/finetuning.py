@@ -24,6 +24,7 @@ from hf_lightsam.demo.encoder import packaged_encoder
 from hf_lightsam.glue import GlueTask, get_task, load_glue, make_compute_metrics, preprocess
 from hf_lightsam.glue.suite.rows import choose
 from hf_lightsam.optim.recipes import RECIPES
+from hf_lightsam.passes import CheaperAscent
 
 DEMO = "demo"
 """The name of the demo's own rows, which need no data."""
@@ -45,6 +46,7 @@ class Run:
         rho: Radius; None where the optimizer has none.
         optim_args: Further options of the optimizer.
         rho_warmup: Share of the steps over which the radius grows linearly from 0.
+        cheaper: How ascents are spared, ``name=value`` of one of the ``ascent_`` options of the training arguments.
         lr: Peak of the learning rate, which warms up over 6 % of the steps and decays linearly.
         weight_decay: Of the descent.
         num_epochs: Passes over the training rows, where ``num_steps`` is 0.
@@ -63,6 +65,7 @@ class Run:
     rho: float | None = None
     optim_args: str = ""
     rho_warmup: float = 0.0
+    cheaper: str = ""
     lr: float = 1e-4
     weight_decay: float = 0.0
     num_epochs: float = 2.0
@@ -170,7 +173,13 @@ def training_arguments(run: Run) -> LightSAMTrainingArguments:
     Raises:
         UsageError: For an option out of range, or a radius where the optimizer has none.
     """
+    cheaper: dict[str, Any] = {}
+    if run.cheaper:
+        name, _, value = run.cheaper.partition("=")
+        kind = type(getattr(CheaperAscent(), name))
+        cheaper = {f"ascent_{name}": kind(value) if kind in (int, float) else value}
     return LightSAMTrainingArguments(
+        **cheaper,
         output_dir="outputs/studies",
         optim=run.optim,
         optim_args=run.optim_args or None,

@@ -47,7 +47,7 @@ from finetuning import (
     tokenizer,
     with_noise,
 )
-from record import Result, read, run_missing
+from record import Result, is_run_of, read, run_missing
 from torch.utils.data import DataLoader
 
 from hf_lightsam import LightSAMTrainer, UsageError
@@ -287,14 +287,11 @@ def run_study(arguments: StudyArguments, tasks: Sequence[str]) -> None:
     for task in tasks:
         searched = list(search_points(task, arguments))
         results = run_missing(searched, function, arguments.results, arguments.num_processes)
-        rates = chosen_rates([result for result in results if _is_one_of(result, searched)], task, arguments.layers)
+        of_search = [result for result in results if any(is_run_of(result, point) for point in searched)]
+        rates = chosen_rates(of_search, task, arguments.layers)
         for seed in arguments.seeds:
             points = study_points(task, seed, rates, arguments)
             run_missing(points, function, arguments.results, arguments.num_processes)
-
-
-def _is_one_of(result: Result, points: Sequence[Result]) -> bool:
-    return any(all(result.get(name) == value for name, value in point.items()) for point in points)
 
 
 # ---- What came out ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from command import check_table_stands_alone, parse
 from encoders import check_layers, check_width
 from finetuning import DEMO, Rows, Run, guess_loss, load_rows, make_model, make_trainer, outcome, quiet, timed
 from masks import hold_at_zero, make_mask, maskable
-from record import Result, read, run_missing
+from record import Result, is_run_of, read, run_missing
 from transformers import TrainerCallback
 
 from hf_lightsam import LightSAMTrainer, UsageError
@@ -277,11 +277,7 @@ def found(results: Sequence[Result], level: Mapping[str, Any]) -> dict[str, dict
     by_method: dict[str, dict[int, Result]] = {}
     for name, method in METHODS.items():
         wanted = {key: value for key, value in Cell(**level, **method).settings().items() if key != "seed"}
-        by_method[name] = {
-            result["seed"]: result
-            for result in results
-            if all(result.get(key) == value for key, value in wanted.items())
-        }
+        by_method[name] = {result["seed"]: result for result in results if is_run_of(result, wanted)}
     return by_method
 
 
@@ -441,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
             points = list(cells(make_parts(arguments, arguments.task), arguments.seeds))
             function = functools.partial(run_cell, data_dir=arguments.data_dir)
             run_missing(points, function, arguments.results, arguments.num_processes)
-        results = read(arguments.results, Cell().settings())
+        results = read(arguments.results, ["task", "optim", "zeros"])
         print(report(arguments, results))
         draw_all(arguments, results)
 

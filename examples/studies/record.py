@@ -73,6 +73,22 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def setting(result: Mapping[str, Any], name: str, like: Any) -> Any:
+    """Return a setting of a result; one that it lacks came later, and was neutral then: None, 0 or an empty text.
+
+    Args:
+        result: Of a run.
+        name: Of the setting.
+        like: Another value of it, which has its type.
+    """
+    return result[name] if name in result else None if like is None else type(like)()
+
+
+def is_run_of(result: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Return whether a result is of a run with these settings."""
+    return all(setting(result, name, value) == value for name, value in settings.items())
+
+
 def missing(points: Iterable[Mapping[str, Any]], results: Sequence[Result]) -> list[Mapping[str, Any]]:
     """Return the points of which no result has all settings, each once."""
     names: tuple[str, ...] = ()
@@ -81,7 +97,7 @@ def missing(points: Iterable[Mapping[str, Any]], results: Sequence[Result]) -> l
     for point in points:
         if tuple(point) != names:
             names = tuple(point)
-            done = {tuple(result.get(name) for name in names) for result in results}
+            done = {tuple(setting(result, name, point[name]) for name in names) for result in results}
         key = tuple(point.values())
         if key not in done:
             done.add(key)

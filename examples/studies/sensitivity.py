@@ -37,7 +37,7 @@ from command import check_table_stands_alone, parse
 from encoders import check_layers, check_width
 from finetuning import DEMO, Run, fine_tune, has_radius
 from grids import Grid, draw, summary, table, transfer
-from record import Result, read, run_missing
+from record import Result, read, run_missing, setting
 from synthetic import WORST, SyntheticRun, minimize
 
 from hf_lightsam import UsageError
@@ -244,7 +244,7 @@ class Scores:
         self.worst = worst
         self.results: dict[Any, dict[int, Result]] = {}
         for result in results:
-            run = kind(**{name: result[name] for name in kind().settings()})
+            run = kind(**{name: setting(result, name, value) for name, value in kind().settings().items()})
             self.results.setdefault(self._key(run), {})[run.seed] = result
 
     @staticmethod
@@ -368,7 +368,7 @@ def by_radius(title: str, rows: Mapping[str, tuple[Sequence[Any], Scores]]) -> l
 def problems(folder: Path) -> list[Problem]:
     """Return the problems of which a folder has results."""
     found: list[Problem] = []
-    real = read(folder / REAL, Run().settings())
+    real = read(folder / REAL, ["task", "optim", "score"])
     names = ("task", "train_rows", "layers", "widen", "width", "batch_size", "num_epochs")
     scores = Scores(real, Run, worst=0.0)
     for shared in dict.fromkeys(tuple(result[name] for name in names) for result in real):
