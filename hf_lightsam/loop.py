@@ -120,6 +120,7 @@ class SharpnessAwareLoop:
         self.validation_batches = None if validation_batches is None else BatchesByNumber(validation_batches)
         inner.bind(accelerator.unwrap_model(model))
         self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent, cheaper=cheaper)
+        self.plan.bind(accelerator.unwrap_model(model))
         self.plan.check_ranks(accelerator.num_processes)
         self._with_running_statistics = modules_with_running_statistics(model)
 

@@ -119,7 +119,7 @@ class LightSAMTrainingArguments(TrainingArguments):
             each rank perturbs by the gradient of its own rows (m-sharpness), which spares half of the communication;
             not with FSDP. Default: true.
         ascent_rows: Share of the rows of each micro-batch that the ascent gradient is taken on, in (0, 1]: a step costs
-            ``1 + ascent_rows`` gradients. This and the next four are beyond the papers; see
+            ``1 + ascent_rows`` gradients. This and the next five are beyond the papers; see
             :class:`~hf_lightsam.passes.CheaperAscent`. Default: 1.
         ascent_every: Take a new ascent gradient in every so many steps only; those between perturb along the last one
             again. Default: 1.
@@ -127,6 +127,7 @@ class LightSAMTrainingArguments(TrainingArguments):
         ascent_gradient: ``"fresh"``, or ``"previous"``: perturb along the gradient of the last step's descent, so that
             a step costs one gradient. Default: ``"fresh"``.
         ascent_dtype: ``"bfloat16"``: take the ascent gradient alone under autocast to it. Default: None.
+        ascent_embeddings: Whether the ascent has gradients for embeddings, and so perturbs them. Default: true.
 
     Raises:
         UsageError: At construction, for an option that is out of range, does not parse (``optim_args``), is given
@@ -292,6 +293,9 @@ class LightSAMTrainingArguments(TrainingArguments):
     )
     ascent_dtype: Literal["bfloat16"] | None = field(
         default=None, metadata={"help": "bfloat16: take the ascent gradient, and that alone, under autocast to it."}
+    )
+    ascent_embeddings: bool = field(
+        default=True, metadata={"help": "Whether the ascent has gradients for embeddings, and so perturbs them."}
     )
 
     def __post_init__(self) -> None:

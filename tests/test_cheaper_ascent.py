@@ -146,6 +146,37 @@ def test_dtype_is_that_of_the_ascent_alone() -> None:
     assert seen == [torch.bfloat16, torch.float32] * NUM_STEPS
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_embeddings_are_left_out_of_the_ascent_alone(checkpointing: bool) -> None:
+    """Behind embeddings without a gradient, reentrant checkpointing would give none to the layers: all are taken."""
+    model = make_bert(dropout=0.0)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    optimizer = METHODS["SAM"](model.parameters())
+    options = {"cheaper": CheaperAscent(embeddings=False)}
+    loop = SharpnessAwareLoop(Accelerator(cpu=True), model, optimizer, lambda m, b: m(**b).loss, **options)
+    moved: dict[str, bool] = {}
+    before = weights(model)
+
+    def note() -> None:
+        moved.update({name: not torch.equal(p, before[name]) for name, p in model.named_parameters()})
+
+    perturb = optimizer.perturb
+    optimizer.perturb = lambda: (perturb(), note())[0]  # type: ignore[method-assign]
+    batch = {key: torch.stack([row[key] for row in make_rows(4)]) for key in ("input_ids", "attention_mask", "labels")}
+    model.train()
+    loop.step([batch])
+    embeddings = {name for name in moved if name.endswith("embeddings.weight")}
+    assert len(embeddings) == 3
+    assert not any(moved[name] for name in embeddings)
+    assert all(moved[name] for name in moved if "encoder.layer" in name and "key.bias" not in name)
+    after = weights(model)
+    assert not torch.equal(
+        before["bert.embeddings.word_embeddings.weight"], after["bert.embeddings.word_embeddings.weight"]
+    )
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_nothing_changes_by_default() -> None:
     plain, *_ = by_loop("III", CheaperAscent())
     written_out = by_hand("III", lambda index, model, rows, last: gradient(model, rows[index]))
@@ -175,6 +206,7 @@ CHEAPER: dict[str, dict[str, Any]] = {
     "start": {"ascent_start": 0.4},
     "previous": {"ascent_gradient": "previous"},
     "dtype": {"ascent_dtype": "bfloat16"},
+    "embeddings": {"ascent_embeddings": False},
 }
 
 
@@ -199,7 +231,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 def test_pieces_and_ranks_change_nothing_where_the_rows_are_the_same(tmp_path: Path) -> None:
     fixed = {"max_steps": 5, "train_sampling_strategy": "sequential", "optim": "lightsam_adam", "adam_epsilon": 1e-5}
-    for name in ("every", "previous", "start"):
+    for name in ("every", "previous", "start", "embeddings"):
         shapes = {}
         for batch, pieces in ((8, 1), (2, 4)):
             model, rows = make_task("classification", 32)
@@ -218,10 +250,10 @@ def test_on_two_ranks(tmp_path: Path) -> None:
     case = {"task": "classification", "num_rows": 32}
     cases = [
         {"name": name, "options": {**fixed, **CHEAPER[name], "per_device_train_batch_size": 4}, **case}
-        for name in ("rows", "every", "previous", "start")
+        for name in ("rows", "every", "previous", "start", "embeddings")
     ]
     ranks = train_on_ranks(tmp_path / "ranks", 2, cases)
-    for name in ("rows", "every", "previous", "start"):
+    for name in ("rows", "every", "previous", "start", "embeddings"):
         model, rows = make_task("classification", 32)
         # Rank r has every second micro-batch of 4 rows: what one process accumulates.
         alone = train(
@@ -261,6 +293,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
         ({"ascent_start": 1.0}, "ascent_start=1.0: expected a share"),
         ({"ascent_gradient": "next"}, "ascent_gradient='next': expected one of fresh, previous"),
         ({"ascent_dtype": "float16"}, "ascent_dtype='float16': expected None or one of bfloat16"),
+        ({"optim": "msam", "ascent_embeddings": False}, "ascent_embeddings=False: not with a method"),
         ({"ascent_gradient": "previous", "ascent_rows": 0.5}, "ascent_rows=0.5: ascent_gradient='previous' takes no"),
         ({"optim": "esam", "ascent_rows": 0.5}, "ascent_rows=0.5: not with a method whose gradients are taken by Sel"),
         ({"optim": "lets_sam", "ascent_start": 0.5}, "ascent_start=0.5: not with a method"),

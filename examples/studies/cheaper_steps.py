@@ -44,6 +44,7 @@ MODES: dict[str, str] = {
     "last quarter": "start=0.75",
     "along the last step's gradient": "gradient=previous",
     "ascent in bfloat16": "dtype=bfloat16",
+    "no ascent of embeddings": "embeddings=false",
 }
 """Options of the ascent by what they are called here."""
 
@@ -119,7 +120,7 @@ def points(tasks: Sequence[str], arguments: StudyArguments) -> Iterator[dict[str
 def gradients(mode: str) -> float:
     """Return how many gradients a step takes, on average."""
     name, _, value = mode.partition("=")
-    costs = {"": 2.0, "dtype": 2.0, "gradient": 1.0}
+    costs = {"": 2.0, "dtype": 2.0, "embeddings": 2.0, "gradient": 1.0}
     if name in costs:
         return costs[name]
     number = float(value)

@@ -177,7 +177,8 @@ def training_arguments(run: Run) -> LightSAMTrainingArguments:
     if run.cheaper:
         name, _, value = run.cheaper.partition("=")
         kind = type(getattr(CheaperAscent(), name))
-        cheaper = {f"ascent_{name}": kind(value) if kind in (int, float) else value}
+        read: Any = {int: int, float: float, bool: lambda text: text == "true"}.get(kind, str)
+        cheaper = {f"ascent_{name}": read(value)}
     return LightSAMTrainingArguments(
         **cheaper,
         output_dir="outputs/studies",

@@ -35,6 +35,9 @@ class CheaperAscent:
             is logged is that at the perturbed weights.
         dtype: ``"bfloat16"``: take the ascent gradient under autocast to it, and the descent gradient as ever. For
             training in float32 on hardware that is faster in bfloat16.
+        embeddings: Whether the ascent has gradients for the weights of ``nn.Embedding``, and so perturbs them; an
+            output layer that is tied to them goes with them. False not under FSDP2, which reduces the gradients of a
+            layer together.
 
     Raises:
         UsageError: For a value out of range, or options that exclude each other.
@@ -45,6 +48,7 @@ class CheaperAscent:
     start: float = 0.0
     gradient: str = "fresh"
     dtype: str | None = None
+    embeddings: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.rows, bool) or not 0.0 < self.rows <= 1.0:
@@ -57,8 +61,10 @@ class CheaperAscent:
             raise UsageError(f"ascent_gradient={self.gradient!r}: expected one of {', '.join(GRADIENTS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"ascent_dtype={self.dtype!r}: expected None or one of {', '.join(DTYPES)}")
+        if not isinstance(self.embeddings, bool):
+            raise UsageError(f"ascent_embeddings={self.embeddings!r}: expected True or False")
         if self.gradient == "previous":
-            for name in ("rows", "every", "dtype"):
+            for name in ("rows", "every", "dtype", "embeddings"):
                 if name in self.changed:
                     raise UsageError(
                         f"ascent_{name}={getattr(self, name)!r}: ascent_gradient='previous' takes no ascent gradient; "

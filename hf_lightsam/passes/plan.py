@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from .cheaper_ascent import CheaperAscent
@@ -141,6 +141,16 @@ class GradientPlan(ABC):
     def after_step(self, window: Window) -> dict[str, Tensor]:
         """Do what comes after the optimizer's step, with the new weights; return measures (default: nothing)."""
         return {}
+
+    def bind(self, model: nn.Module) -> None:  # noqa: B027  # nothing is a good answer
+        """Tell the plan whose gradients it takes: called before training, with the model as it is trained.
+
+        Args:
+            model: Without wrappers; it may have parameters that the optimizer does not.
+
+        Raises:
+            UsageError: For a model with which an option of the plan does not work.
+        """
 
     def check_ranks(self, world_size: int) -> None:  # noqa: B027  # nothing is a good answer
         """Refuse a number of processes with which the plan cannot work (default: none).

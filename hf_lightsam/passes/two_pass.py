@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ..errors import UsageError
 from ..tensors import local
+from .left_out import needs_all_gradients, without_gradients
 from .plan import GradientPlan, WindowResult, added
 from .rng import RngState
 from .window import Window
@@ -17,16 +20,32 @@ from .window import Window
 class TwoPass(GradientPlan):
     """One perturbation a step: the gradient of all rows, and once more that of all rows at the perturbed weights.
 
-    With :class:`~hf_lightsam.passes.CheaperAscent` the first of them is of some of the rows, or of an earlier step. A
+    With :class:`~hf_lightsam.passes.CheaperAscent` the first of them is of some of the rows, of some of the weights, in
+    another precision, or of an earlier step. A
     gradient that is kept from step to step is part of a rank's checkpoint.
     """
 
-    cheaper_options: ClassVar[tuple[str, ...]] = ("rows", "every", "start", "gradient", "dtype")
+    cheaper_options: ClassVar[tuple[str, ...]] = ("rows", "every", "start", "gradient", "dtype", "embeddings")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._held: list[Tensor | None] = []
         self._steps_since_fresh = 0
+        self._left_out: list[Tensor] = []
+        self._can_leave_out = True
+
+    def bind(self, model: nn.Module) -> None:
+        """See :class:`GradientPlan`."""
+        if self.cheaper.embeddings:
+            return
+        weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        self._left_out = [parameter for parameter in self.parameters() if id(parameter) in weights]
+        if any(isinstance(parameter, DTensor) for parameter in self._left_out):
+            raise UsageError(
+                "ascent_embeddings=False: the embeddings are sharded by FSDP, which reduces the gradients of a layer "
+                "together; expected True, or DDP or a single device"
+            )
+        self._can_leave_out = not needs_all_gradients(model)
 
     def take_gradients(self, window: Window, *, measure: bool) -> WindowResult:
         """See :class:`GradientPlan`."""
@@ -49,8 +68,15 @@ class TwoPass(GradientPlan):
     def _ascent(self, window: Window) -> tuple[list[Tensor], list[RngState]]:
         """Leave the ascent gradient, that of the mean over the items of the rows which it is taken on."""
         batches = [self.cheaper.rows_of(batch) for batch in window.micro_batches]
-        with self.cheaper.precision(window.device):
-            losses, states = self.first_pass(window, batches, sync=self.sync_ascent)
+        others = [parameter for parameter in self._left_out if parameter.requires_grad]
+        # Left out of a backward they would keep DDP waiting: then gradients are averaged by hand.
+        by_hand = bool(others) and self._can_leave_out
+        with self.cheaper.precision(window.device), without_gradients(others if by_hand else ()):
+            losses, states = self.first_pass(window, batches, sync=self.sync_ascent and not by_hand)
+        for parameter in others:
+            parameter.grad = None
+        if by_hand and self.sync_ascent and window.world_size > 1:
+            self.average_gradients(window, self.with_a_gradient_anywhere(window, self.parameters()))
         if all(some is batch for some, batch in zip(batches, window.micro_batches, strict=True)):
             return losses, states
         scale = self._scale_of(window, batches)
