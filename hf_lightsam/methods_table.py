@@ -178,6 +178,8 @@ def _of_descents(recipe: Recipe, name: str) -> dict[str, Any]:
 
 def _resolved(optimizer: SharpnessAwareOptimizer, argument: str) -> Any:
     """Return what an argument that was left at None has become, if it is a value that can be given."""
+    if argument in ("foreach", "fused"):  # in the groups it is the descent's, which is another
+        return None
     value = optimizer.param_groups[0].get(argument, getattr(optimizer, argument, None))
     if isinstance(value, Rule):
         return next((name for name, rule in VARIANTS.items() if rule is type(value)), None)

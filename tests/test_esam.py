@@ -35,7 +35,7 @@ from transformers import (
 from hf_lightsam import SAM, LightSAMTrainer, UsageError
 from hf_lightsam.loop import SharpnessAwareLoop
 from hf_lightsam.optim.esam import ESAM
-from hf_lightsam.passes import selective
+from hf_lightsam.passes import left_out, selective
 from hf_lightsam.passes.padding import cut_columns, row_lengths
 from hf_lightsam.passes.row_losses import losses_of_rows
 from hf_lightsam.passes.selective import Selective
@@ -757,7 +757,7 @@ def test_the_same_steps_where_gradients_cannot_be_left_out(
         assert sum(chosen.drawn[-1]) < len(chosen.drawn[-1]) / 2
         loops.append(loop)
     assert_same_weights(loops[0].model, loops[1].model, rtol=1e-5, atol=1e-7)
-    assert selective.needs_all_gradients(loops[1].model) == (how != "checkpointing")
+    assert left_out.needs_all_gradients(loops[1].model) == (how != "checkpointing")
 
 
 def test_options() -> None:
