@@ -53,7 +53,7 @@ _FIELDS = (
 class LightSAMTrainingArguments(TrainingArguments):
     """``TrainingArguments`` with the options of sharpness-aware methods; ``optim`` is ``"lightsam_adam"`` by default.
 
-    ``learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` keep their meaning. A field
+    ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` keep their meaning. A field
     left at None takes the default of the method. Fields below that the chosen ``optim`` does not have are refused.
 
     > Method
@@ -61,6 +61,9 @@ class LightSAMTrainingArguments(TrainingArguments):
     Args:
         optim: A name of the family (``hf-lightsam methods`` lists them), or any name that Transformers knows, which
             then trains as ever.
+        learning_rate: As ever; at None the method's default, which it then holds: 5e-4 for ``lightsam_adagrad`` and
+            ``lightsam_adagrad_norm`` (and ``lightsam`` with such a descent), else 5e-5. (Plain ``TrainingArguments``
+            have 5e-5 for all.)
         rho: Radius of the perturbation, at least 0; 0 makes none. Default: the method's, 0.05 (``asam`` and
             ``lets_asam``: 0.5).
         rho_scale: LightSAM only. ``"global"``: ``rho`` is the length of the whole perturbation, for any model size.
@@ -140,6 +143,13 @@ class LightSAMTrainingArguments(TrainingArguments):
             "help": "The optimizer: "
             + "; ".join(f"{name} ({recipe.summary})" for name, recipe in RECIPES.items())
             + "; or any optimizer name of transformers."
+        },
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]  # a number from __post_init__ on
+        default=None,
+        metadata={
+            "help": "Peak learning rate. Default: the method's, 5e-5, and 5e-4 for lightsam_adagrad(_norm), whose "
+            "steps shrink as they go on."
         },
     )
     rho: float | None = field(
@@ -300,6 +310,8 @@ class LightSAMTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the method's options after Transformers has checked its own."""
+        if self.learning_rate is None:
+            self.learning_rate = self._default_learning_rate()
         super().__post_init__()
         cheaper = CheaperAscent.from_arguments(self)
         if is_registered(self.optim):
@@ -318,6 +330,12 @@ class LightSAMTrainingArguments(TrainingArguments):
                     f"{given[0]}={getattr(self, given[0])!r}: not an option of "
                     f"optim={optim_name(self.optim)!r}; expected with one of {', '.join(RECIPES)}"
                 )
+
+    def _default_learning_rate(self) -> float:
+        if not is_registered(self.optim):
+            return float(TrainingArguments.learning_rate)
+        recipe, options = _method_options(self)
+        return float(recipe.arguments(None, options)["lr"])
 
 
 @dataclass
@@ -340,9 +358,15 @@ def optimizer_arguments(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]
     Raises:
         UsageError: As for :class:`LightSAMTrainingArguments`.
     """
-    recipe = get_recipe(optim_name(args.optim))
+    recipe, options = _method_options(args)
     check_number("learning_rate", args.learning_rate)
     check_number("weight_decay", args.weight_decay)
+    return recipe, recipe.arguments(args.learning_rate, options)
+
+
+def _method_options(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]]:
+    """Return the method of training arguments, and its options by their names in the recipe."""
+    recipe = get_recipe(optim_name(args.optim))
     shared = {"beta1": args.adam_beta1, "beta2": args.adam_beta2, "eps": args.adam_epsilon}
     parsed = recipe.parse(args.optim_args)
     fields = {name: getattr(args, name, None) for name in _FIELDS}
@@ -354,5 +378,4 @@ def optimizer_arguments(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]
             )
     if isinstance(fields.get("roles"), str):  # the one option that is text on a command line and more in Python
         fields |= recipe.parse(f"roles={fields['roles']}", "roles")
-    options = {name: value for name, value in shared.items() if name in recipe.options} | parsed | fields
-    return recipe, recipe.arguments(args.learning_rate, options)
+    return recipe, {name: value for name, value in shared.items() if name in recipe.options} | parsed | fields

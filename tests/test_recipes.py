@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
+from hf_lightsam import LightSAMTrainingArguments
 from hf_lightsam.errors import UsageError, report_usage_errors
 from hf_lightsam.optim import SAM, LightSAM
 from hf_lightsam.optim.recipes import RECIPES, get_recipe, optimizer_cls_and_kwargs
@@ -49,6 +52,7 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         f"LightSAM {name}={value}": (light(**{name: value}), [f"{name}={value!r}", NON_NEGATIVE])
         for name in ("lr", "rho", "weight_decay")
         for value in (-1e-3, NAN, INF, "0.1", None, True)
+        if (name, value) != ("lr", None)  # the default
     },
     **{
         f"LightSAM {variant} eps={value}": (light(variant=variant, eps=value), [f"eps={value!r}", POSITIVE])
@@ -169,6 +173,43 @@ def test_good_values_reach_the_optimizer(name: str, text: str, expected: dict[st
     for key in ("foreach", "fused"):
         if key in expected:
             assert optimizer.ascent.param_groups[0][key] == expected[key]
+
+
+DEFAULT_RATES = {
+    "lightsam_adam": 5e-5,
+    "lightsam_adagrad": 5e-4,
+    "lightsam_adagrad_norm": 5e-4,
+    "lightsam": 5e-5,
+    "sam": 5e-5,
+    "adamw_torch": 5e-5,
+}
+
+
+@pytest.mark.parametrize("name", DEFAULT_RATES)
+def test_default_learning_rate_is_the_methods(name: str, tmp_path: Path) -> None:
+    rate = DEFAULT_RATES[name]
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "optim": name, "use_cpu": True, "report_to": "none"}
+    assert LightSAMTrainingArguments(**options).learning_rate == rate
+    assert LightSAMTrainingArguments(**options, learning_rate=1e-3).learning_rate == 1e-3
+    (parsed,) = HfArgumentParser(LightSAMTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--optim", name, "--use_cpu", "--report_to", "none"]
+    )
+    assert parsed.learning_rate == rate
+    if name != "adamw_torch":
+        assert optimizer_cls_and_kwargs(name)[1]["lr"] == rate
+
+
+def test_default_learning_rate_is_that_of_the_descent(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "optim": "lightsam", "use_cpu": True, "report_to": "none"}
+    assert LightSAMTrainingArguments(**options, descent="adagrad").learning_rate == 5e-4
+    assert LightSAMTrainingArguments(**options, optim_args="descent=adagrad_norm,ascent=adam").learning_rate == 5e-4
+    assert LightSAMTrainingArguments(**options, ascent="adagrad").learning_rate == 5e-5
+    weight = torch.zeros(1, requires_grad=True)
+    assert [LightSAM([weight], variant=v).param_groups[0]["lr"] for v in ("adam", "adagrad", "adagrad_norm")] == [
+        5e-5,
+        5e-4,
+        5e-4,
+    ]
 
 
 @pytest.mark.parametrize("text", [None, ""])

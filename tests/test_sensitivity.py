@@ -152,6 +152,17 @@ def test_summary_of_a_grid_with_a_known_answer() -> None:
     assert "| none | 0.500 | 0.795 | 0.800 |" in table(flat)
 
 
+def test_the_table_of_claims() -> None:
+    from grids import Grid, claims
+
+    with_radii = Grid(
+        {(0.1, 1.0): [0.5, 0.6], (1.0, 1.0): [0.7], (0.1, 2.0): [0.2], (1.0, 2.0): [0.3], (9.0, 1.0): [0.1]}
+    )
+    text = claims({"first": {"AdamW": Grid({(None, 1.0): [0.65]}), "SAM": with_radii}, "second": {"SAM": with_radii}})
+    assert "| AdamW | 0.650 |  |" in text
+    assert text.endswith("| SAM | 0.700 (0.550 to 0.700) | 0.700 (0.550 to 0.700) |")  # 9 was not run at each rate
+
+
 def test_a_point_chosen_on_one_task_is_judged_on_another() -> None:
     from grids import Grid, transfer
 

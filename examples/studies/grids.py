@@ -61,6 +61,16 @@ class Grid:
         """Return by how much a point's mean is below the best one; NaN if it was not run."""
         return self.means[self.best] - self.means[point] if point in self.means else math.nan
 
+    def over_radii(self) -> tuple[float, float]:
+        """Return the lowest and highest mean over radii, at the learning rate of the best point.
+
+        Of the radii that all learning rates were run with, which all methods share.
+        """
+        rates = self.rates
+        whole = [rho for rho in self.radii if all((rho, lr) in self.means for lr in rates)]
+        means = [self.means[rho, self.best[1]] for rho in whole]
+        return min(means), max(means)
+
     @property
     def radii(self) -> list[float | None]:
         """Radii of the points, rising."""
@@ -130,6 +140,29 @@ def transfer(chosen_on: Mapping[str, Grid], judged_on: Mapping[str, Grid]) -> st
         lines.append(cells)
     head = ["method", "chosen: rho, lr", "score there", "score here", "best here", "regret"]
     return markdown(head, lines, numbers_from=1) if lines else ""
+
+
+def claims(problems: Mapping[str, Mapping[str, Grid]], digits: int = 3) -> str:
+    """Return a Markdown table, one line a method: on each problem the best score, and those over all radii.
+
+    Args:
+        problems: Grids by method, by the problem's title.
+        digits: Decimals.
+    """
+    lines = []
+    for name in dict.fromkeys(name for grids in problems.values() for name in grids):
+        cells = [name]
+        for grids in problems.values():
+            grid = grids.get(name)
+            if grid is None:
+                cells.append("")
+            elif grid.radii == [None]:
+                cells.append(f"{grid.means[grid.best]:.{digits}f}")
+            else:
+                low, high = grid.over_radii()
+                cells.append(f"{grid.means[grid.best]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
+        lines.append(cells)
+    return markdown(["best (over all radii, at its learning rate)", *problems], lines, numbers_from=1)
 
 
 def _point(point: Point) -> str:

@@ -25,9 +25,12 @@ RESULTS = ROOT / "examples" / "studies" / "results"
 def parts() -> dict[Path, Mapping[str, str]]:
     """Return the made parts of each page, by name."""
     of_sensitivity = {f"sensitivity {name}": text for name, text in sensitivity.parts(RESULTS).items()}
+    claims = {"sensitivity claims": of_sensitivity.pop("sensitivity claims")}
     settings = overparameterization.StudyArguments(table=True)
     of_overparameterization = overparameterization.report(settings, read(RESULTS / "overparameterization.jsonl"))
     return {
+        PAGES / "index.md": claims,
+        ROOT / "README.md": claims,
         PAGES / "sensitivity.md": of_sensitivity,
         PAGES / "overparameterization.md": {"overparameterization": of_overparameterization},
         PAGES / "low_data.md": {"low data": low_data.table(read(RESULTS / "low_data.jsonl"))},

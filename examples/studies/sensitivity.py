@@ -36,7 +36,7 @@ from typing import Any
 from command import check_table_stands_alone, parse
 from encoders import check_layers, check_width
 from finetuning import DEMO, Run, fine_tune, has_radius
-from grids import Grid, draw, summary, table, transfer
+from grids import Grid, claims, draw, summary, table, transfer
 from record import Result, read, run_missing, setting
 from synthetic import WORST, SyntheticRun, minimize
 
@@ -418,7 +418,7 @@ def parts(folder: Path) -> dict[str, str]:
     found = problems(folder)
     if not found:
         raise UsageError(f"results_dir={str(folder)!r}: expected a folder that holds {REAL} or {SYNTHETIC}")
-    names = ("grids", "lengths", "transfer", "remedies", "safeguard", "units", "time")
+    names = ("claims", "grids", "lengths", "transfer", "remedies", "safeguard", "units", "time")
     tables: dict[str, list[str]] = {name: [] for name in names}
     for problem in found:
         grids = problem.grids()
@@ -441,6 +441,8 @@ def parts(folder: Path) -> dict[str, str]:
             of_both = transfer(chosen_on.grids(), judged_on.grids())
             if of_both:
                 tables["transfer"] += [f"**chosen on {chosen_on.title}, judged on {judged_on.title}**", "", of_both, ""]
+    whole = {problem.title: problem.grids() for problem in found}
+    tables["claims"] = [claims({title: grids for title, grids in whole.items() if len(grids) == len(METHODS)})]
     tables["units"] = scales(folder)
     for name in (REAL, SYNTHETIC):
         results = read(folder / name)

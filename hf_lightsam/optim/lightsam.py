@@ -12,6 +12,9 @@ from .validation import Params, check_betas, check_choice, check_kernels
 
 BETAS = (0.9, 0.999)
 VARIANTS: dict[str, type[Rule]] = {"adam": Adam, "adagrad": AdaGrad, "adagrad_norm": AdaGradNorm}
+LEARNING_RATES = {"adam": 5e-5, "adagrad": 5e-4, "adagrad_norm": 5e-4}
+"""Default learning rates by the form of the descent: a choice of this package, made on SST-2 and verified on STS-B
+(``docs/evidence/sensitivity.md``). Accumulators that never forget a gradient make steps shrink as 1/sqrt(t)."""
 
 
 class LightSAM(SharpnessAwareOptimizer):
@@ -49,7 +52,7 @@ class LightSAM(SharpnessAwareOptimizer):
     Args:
         params: Parameters or parameter groups; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. A group may
             have its own ``lr``, ``rho``, ``weight_decay``, ``betas``, ``eps``.
-        lr: Learning rate, at least 0. Default: 5e-5.
+        lr: Learning rate, at least 0. Default: 5e-5 where the descent has the form ``"adam"``, else 5e-4.
         rho: Radius of the perturbation, at least 0; with 0 no perturbation is made. Default: 0.05.
         variant: ``"adam"`` (III), ``"adagrad"`` (II) or ``"adagrad_norm"`` (I). Default: ``"adam"``.
         betas: Decay rates of the moments of III, of each movement that has this form, each in [0, 1). Default: (0.9,
@@ -77,7 +80,7 @@ class LightSAM(SharpnessAwareOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float = 5e-5,
+        lr: float | None = None,
         rho: float = 0.05,
         variant: str = "adam",
         betas: tuple[float, float] = BETAS,
@@ -99,6 +102,7 @@ class LightSAM(SharpnessAwareOptimizer):
         check_kernels(foreach, fused)
         ascent = check_choice("ascent", variant if ascent is None else ascent, tuple(VARIANTS))
         descent = check_choice("descent", variant if descent is None else descent, tuple(VARIANTS))
+        rate = LEARNING_RATES[descent] if lr is None else lr
         to_the_letter = rho_scale == "coordinate"
         moments: dict[str, Any] = {
             "betas": check_betas(betas),
@@ -118,7 +122,7 @@ class LightSAM(SharpnessAwareOptimizer):
             return VARIANTS[ascent](groups, 0.0, maximize=True, **ascent_options)
 
         def make_descent(groups: list[Group]) -> Rule:
-            return VARIANTS[descent](groups, lr, **descent_options)
+            return VARIANTS[descent](groups, rate, **descent_options)
 
         # Form I's radius is that of the whole perturbation already.
         scale = "coordinate" if ascent == "adagrad_norm" else rho_scale
@@ -126,6 +130,11 @@ class LightSAM(SharpnessAwareOptimizer):
         of_ascent = moments if ascent == "adam" and descent != "adam" else {}
         changing: dict[str, Any] = {"rho_schedule": rho_schedule, "adaptive_rho": adaptive_rho}
         super().__init__(params, rho, make_ascent, make_descent, rho_scale=scale, **changing, **of_ascent)
+
+    @classmethod
+    def default_lr(cls, variant: str = "adam", descent: str | None = None, **others: Any) -> float:
+        """Return the learning rate where none is given; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`."""
+        return LEARNING_RATES[descent or variant]
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

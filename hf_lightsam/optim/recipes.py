@@ -93,11 +93,11 @@ class Recipe:
     paper: str = ""
     copies: str = ""
 
-    def arguments(self, lr: float, options: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, lr: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of :attr:`optimizer`, beside ``params``.
 
         Args:
-            lr: Learning rate.
+            lr: Learning rate; None for the method's default.
             options: Values by the names in :attr:`options`.
 
         Raises:
@@ -106,7 +106,8 @@ class Recipe:
         for name in options:
             if name not in self.options:
                 raise UsageError(f"{name}: not an option of {self.name}, which takes {', '.join(self.options)}")
-        arguments = {"lr": lr, **self.fixed, **self.prepare(join_betas(dict(options)))}
+        arguments = {**self.fixed, **self.prepare(join_betas(dict(options)))}
+        arguments = {"lr": self.optimizer.default_lr(**arguments) if lr is None else lr, **arguments}
         self.optimizer([torch.zeros(1, requires_grad=True)], **arguments)  # the optimizer checks its own arguments
         return arguments
 
@@ -375,7 +376,7 @@ def get_recipe(name: str) -> Recipe:
 
 
 def optimizer_cls_and_kwargs(
-    name: str = "lightsam_adam", *, lr: float = 5e-5, **options: Any
+    name: str = "lightsam_adam", *, lr: float | None = None, **options: Any
 ) -> tuple[type[SharpnessAwareOptimizer], dict[str, Any]]:
     """Return what the Trainer's argument ``optimizer_cls_and_kwargs`` takes.
 
@@ -385,7 +386,7 @@ def optimizer_cls_and_kwargs(
 
     Args:
         name: A name of :data:`RECIPES`.
-        lr: Learning rate.
+        lr: Learning rate. Default: the method's, which is 5e-5, and 5e-4 for LightSAM's forms I and II.
         **options: Options of the recipe: ``rho``, ``rho_scale``, ``beta1``, ``beta2``, ``eps``, ...
 
     Raises:

@@ -156,6 +156,15 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._has_stepped = False
         self._ready = True
 
+    @classmethod
+    def default_lr(cls, **arguments: Any) -> float:
+        """Return the learning rate where the training arguments give none: 5e-5, as Transformers has it.
+
+        Args:
+            **arguments: Of the class.
+        """
+        return 5e-5
+
     def _share_groups(self) -> None:
         """Make the descent's groups and state this optimizer's own: one list, one dict."""
         self.param_groups = self.descent.param_groups
