@@ -20,6 +20,7 @@ PAGES = {
     "README.md": "index.md",
     "examples/recipes/README.md": "guides/recipes.md",
     "examples/launch/README.md": "guides/launch_scripts.md",
+    "examples/benchmarks/README.md": "guides/benchmarks.md",
     "model_cards/README.md": "model_cards/index.md",
     **{f"model_cards/{task}.md": f"model_cards/{task}.md" for task in ("cola", "sst2", "mrpc", "stsb", "rte")},
 }

@@ -43,6 +43,7 @@ from synthetic import WORST, SyntheticRun, minimize
 from hf_lightsam import UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.glue.suite.tables import markdown
+from hf_lightsam.optim.recipes import get_recipe
 
 RESULTS = Path(__file__).parent / "results"
 REAL, SYNTHETIC = "sensitivity.jsonl", "sensitivity_synthetic.jsonl"
@@ -60,7 +61,7 @@ METHODS = {
 LR = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3)
 RHO = (5e-4, 5e-3, 5e-2, 0.5, 5.0)
 DEFAULT_LR, DEFAULT_RHO = 5e-5, 0.05
-"""Of the optimizers here, and of ``TrainingArguments``."""
+"""Of the optimizers here, and of ``TrainingArguments``; LightSAM's forms I and II have another rate."""
 
 REMEDIES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -409,6 +410,13 @@ def size_of(result: Result) -> str:
     return f"{result['parameters'] / 1e6:.1f}M weights {'from scratch' if result['width'] else 'pretrained'}"
 
 
+def default_point(optim: str) -> tuple[float | None, float]:
+    """Return the radius and learning rate that a method has without any choice."""
+    if not has_radius(optim):
+        return None, DEFAULT_LR
+    return DEFAULT_RHO, float(get_recipe(optim).arguments(None, {})["lr"])
+
+
 def parts(folder: Path) -> dict[str, str]:
     """Return the tables of the results in a folder, by the name of their part of the results page.
 
@@ -423,8 +431,7 @@ def parts(folder: Path) -> dict[str, str]:
     for problem in found:
         grids = problem.grids()
         if len(grids) == len(METHODS):
-            radii = {name: DEFAULT_RHO if has_radius(METHODS[name]) else None for name in grids}
-            defaults = {name: (rho, DEFAULT_LR) for name, rho in radii.items()}
+            defaults = {name: default_point(METHODS[name]) for name in grids}
             tables["grids"] += [f"**{problem.title}**", "", summary(grids, defaults, problem.tolerance), ""]
             lengths = problem.lengths()
             if lengths:
@@ -433,14 +440,9 @@ def parts(folder: Path) -> dict[str, str]:
             if rows:
                 tables[name] += [f"**{problem.title}**", "", *rows]
     for chosen_on, judged_on in itertools.permutations(found, 2):
-        if (
-            isinstance(chosen_on.base, Run)
-            and isinstance(judged_on.base, Run)
-            and chosen_on.base.task != judged_on.base.task
-        ):
+        if _are_two_tasks_of_one_model(chosen_on, judged_on):
             of_both = transfer(chosen_on.grids(), judged_on.grids())
-            if of_both:
-                tables["transfer"] += [f"**chosen on {chosen_on.title}, judged on {judged_on.title}**", "", of_both, ""]
+            tables["transfer"] += [f"**chosen on {chosen_on.title}, judged on {judged_on.title}**", "", of_both, ""]
     whole = {problem.title: problem.grids() for problem in found}
     tables["claims"] = [claims({title: grids for title, grids in whole.items() if len(grids) == len(METHODS)})]
     tables["units"] = scales(folder)
@@ -449,6 +451,13 @@ def parts(folder: Path) -> dict[str, str]:
         seconds = sum(result["seconds"] for result in results)
         tables["time"].append(f"`{name}`: {len(results)} runs, {seconds / 3600:.1f} hours of training in all.")
     return {name: "\n".join(lines).strip() for name, lines in tables.items()}
+
+
+def _are_two_tasks_of_one_model(first: Problem, second: Problem) -> bool:
+    if not (isinstance(first.base, Run) and isinstance(second.base, Run)) or first.base.task == second.base.task:
+        return False
+    same = all(getattr(first.base, name) == getattr(second.base, name) for name in ("layers", "widen", "width"))
+    return same and all(len(problem.grids()) == len(METHODS) for problem in (first, second))
 
 
 def all_grids(folder: Path) -> str:
