@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class StepResult:
     """What one step measured, as scalar tensors on the device, over the rows of this rank.
 
     Attributes:
-        loss: Mean loss at the weights.
+        loss: Mean loss at the weights (with a cheaper ascent: of its rows, or where there was none, at the perturbed
+            weights).
         grad_norm: Norm of the descent gradient before clipping; None without ``max_grad_norm``.
         measures: What the method measured, by name: ``sharpness``, ``ascent_grad_norm``, ...
     """
@@ -38,12 +40,13 @@ class StepResult:
 
     @property
     def sharpness(self) -> Tensor:
-        """The perturbed loss minus the loss; 0 where nothing was perturbed."""
-        return self.measures.get("sharpness", torch.zeros_like(self.loss))
+        """The perturbed loss minus the loss; 0 where nothing was perturbed, NaN where it was not measured."""
+        missing = math.nan if "ascent_grad_norm" in self.measures else 0.0
+        return self.measures.get("sharpness", torch.full_like(self.loss, missing))
 
     @property
     def perturbed_loss(self) -> Tensor:
-        """Mean loss at the perturbed weights."""
+        """Mean loss at the perturbed weights; NaN where the sharpness is."""
         return self.loss + self.sharpness
 
 
@@ -118,8 +121,14 @@ class SharpnessAwareLoop:
             expected = "micro-batches of rows kept apart" if inner.plan_class.needs_validation else "None"
             raise UsageError(f"validation_batches={given}: {type(inner).__name__} expects {expected}")
         self.validation_batches = None if validation_batches is None else BatchesByNumber(validation_batches)
+        if cheaper is not None and cheaper.dtype is not None and accelerator.mixed_precision != "no":
+            raise UsageError(
+                f"cheaper.dtype={cheaper.dtype!r}: mixed_precision={accelerator.mixed_precision!r} has both passes in "
+                "low precision; expected None"
+            )
+        others: dict[str, Any] = {"cheaper": cheaper} if cheaper is not None and cheaper.changed else {}
         inner.bind(accelerator.unwrap_model(model))
-        self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent, cheaper=cheaper)
+        self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent, **others)
         self.plan.bind(accelerator.unwrap_model(model))
         self.plan.check_ranks(accelerator.num_processes)
         self._with_running_statistics = modules_with_running_statistics(model)

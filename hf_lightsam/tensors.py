@@ -73,19 +73,20 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(local(targets), local(sources))
 
 
-def can_leave_storage(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> list[bool]:
+def can_leave_storage(parameters: Sequence[Tensor], copies: Sequence[Tensor], everyone: Sequence[Tensor]) -> list[bool]:
     """Return which parameters may be moved to the storage of their copies, and back, unseen by anybody else.
 
     It spares a copy there and back. Not on accelerators, where graphs hold addresses and the copy is cheap beside the
-    passes; not shards, which their engine holds too; not views, nor parameters that share a storage.
+    passes; not shards, which their engine holds too; not views, nor parameters that share a storage with others of
+    ``everyone``. (Another tensor on the storage of a parameter, as those of a ``state_dict``, does not see the move.)
     """
-    owners = Counter(p.untyped_storage().data_ptr() for p in parameters if _is_plain(p))
+    owners = Counter(p.untyped_storage().data_ptr() for p in everyone if _is_plain(p))
     return [
         _is_plain(p)
         and owners[p.untyped_storage().data_ptr()] == 1
         and p.untyped_storage().nbytes() == p.numel() * p.element_size() > 0
-        and p.stride() == other.stride()
-        for p, other in zip(parameters, others, strict=True)
+        and p.stride() == copy.stride()
+        for p, copy in zip(parameters, copies, strict=True)
     ]
 
 

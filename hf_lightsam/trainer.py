@@ -286,8 +286,10 @@ class SharpnessAwareMixin(_Base):
             optimizer.forget_ascents_without_a_step()  # of a batch that auto_find_batch_size has made smaller since
             model = self.accelerator.unwrap_model(self._module())
             optimizer.bind(model)
-            options = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
-            self._plan = optimizer.make_plan(**options, cheaper=CheaperAscent.from_arguments(self.args))
+            options: dict[str, Any] = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
+            cheaper = CheaperAscent.from_arguments(self.args)
+            options |= {"cheaper": cheaper} if cheaper.changed else {}
+            self._plan = optimizer.make_plan(**options)
             self._plan.bind(model)
             self._plan.check_ranks(self.args.world_size)
             self._with_running_statistics = modules_with_running_statistics(self._module())
@@ -388,7 +390,7 @@ class SharpnessAwareMixin(_Base):
             stacked = torch.stack(list(means.values())).unsqueeze(0)
             values = cast(Tensor, nested_gather(stacked, self.args.parallel_mode)).mean(dim=0).tolist()
             logs.update(zip(means, values, strict=True))
-            if "sharpness" in logs:
+            if "sharpness" in logs and self._plan is not None and set(self._plan.cheaper.changed) <= {"embeddings"}:
                 logs["perturbed_loss"] = logs["loss"] + logs["sharpness"]
             self._statistics.reset()
         super().log(logs, *args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,7 +194,7 @@ def test_gradients_that_share_a_bucket_are_copied() -> None:
     for parameter in model.parameters():
         parameter.grad = bucket[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
-    plan.after_step(None)  # type: ignore[arg-type]
+    plan.after_step(SimpleNamespace(world_size=1))
     bucket.zero_()
     assert all(bool((g == 1).all()) for g in plan.state_dict()["held"].values())
 
@@ -274,8 +275,9 @@ def test_what_is_logged(tmp_path: Path) -> None:
         name: [entry for entry in train(tmp_path / name, **CHEAPER[name]).state.log_history if "loss" in entry]
         for name in CHEAPER
     }
-    assert all("sharpness" not in entry for name in ("rows", "previous") for entry in logged[name])
-    assert all("sharpness" in entry for entry in logged["dtype"])
+    assert all("sharpness" not in entry for name in ("rows", "previous", "dtype") for entry in logged[name])
+    assert all("perturbed_loss" not in e for name, entries in logged.items() if name != "embeddings" for e in entries)
+    assert all("perturbed_loss" in entry for entry in logged["embeddings"])
     assert ["sharpness" in entry for entry in logged["every"]] == [True, False, False, True]
     assert ["ascent_grad_norm" in entry for entry in logged["start"]] == [False, False, True, True]
     assert ["ascent_grad_norm" in entry for entry in logged["previous"]] == [False, True, True, True]
@@ -288,6 +290,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
     ("options", "told"),
     [
         ({"ascent_rows": 0.0}, "ascent_rows=0.0: expected a share"),
+        ({"ascent_rows": "0.5"}, "ascent_rows='0.5': expected a share"),
         ({"ascent_rows": 1.5}, "ascent_rows=1.5: expected a share"),
         ({"ascent_every": 0}, "ascent_every=0: expected a number of steps"),
         ({"ascent_start": 1.0}, "ascent_start=1.0: expected a share"),
@@ -318,3 +321,29 @@ def test_a_loop_that_does_not_say_how_far_it_is() -> None:
     loop = SharpnessAwareLoop(Accelerator(cpu=True), model, optimizer, mse, cheaper=CheaperAscent(start=0.5))
     with pytest.raises(UsageError, match="progress=None: expected the share of the training"):
         loop.step([rows[0]])
+
+
+def test_rows_and_running_statistics() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    optimizer = METHODS["SAM"](model.parameters())
+    with pytest.raises(UsageError, match=r"ascent_rows=0\.5: the model has running statistics"):
+        SharpnessAwareLoop(Accelerator(cpu=True), model, optimizer, mse, cheaper=CheaperAscent(rows=0.5))
+
+
+def test_nothing_but_embeddings() -> None:
+    model = nn.Embedding(4, 3)
+    optimizer = METHODS["SAM"](model.parameters())
+    with pytest.raises(UsageError, match="ascent_embeddings=False: nothing but embeddings is trained"):
+        SharpnessAwareLoop(Accelerator(cpu=True), model, optimizer, mse, cheaper=CheaperAscent(embeddings=False))
+
+
+def test_the_loop_says_what_it_did_not_measure() -> None:
+    for cheaper in (CheaperAscent(rows=0.5), CheaperAscent(gradient="previous")):
+        model, rows = make_problem()
+        loop = SharpnessAwareLoop(
+            Accelerator(cpu=True), model, METHODS["SAM"](model.parameters()), mse, cheaper=cheaper
+        )
+        results = [loop.step([batch]) for batch in rows[:2]]
+        assert bool(results[1].sharpness.isnan())
+        assert bool(results[1].perturbed_loss.isnan())
+    assert float(results[0].sharpness) == 0.0  # of "previous": plain descent

@@ -407,3 +407,75 @@ def test_a_refused_ascent_does_not_count_as_one() -> None:
 def test_other_dtypes_are_refused(make: Make, dtype: torch.dtype) -> None:
     with pytest.raises(UsageError, match=rf"\(2, 3\) has dtype {dtype}; expected float32, bfloat16 or float64"):
         make([torch.zeros(2, 3, dtype=dtype, requires_grad=True)])
+
+
+# ---- Where the perturbation is made in the copy, on CPUs ------------------------------------------------------------
+
+
+def _two_weights() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(4, 3, requires_grad=True), torch.randn(3, 2, requires_grad=True)]
+
+
+def test_the_weights_own_storage_is_not_written_by_a_perturbation() -> None:
+    first, second = _two_weights()
+    optimizer = SAM([first, second], "sgd", lr=0.1, rho=1.0)
+    (first @ second).square().sum().backward()
+    home, seen = first.data_ptr(), first.detach().clone()
+    alias = first.detach()
+    with optimizer.perturbed():
+        assert not torch.equal(first, seen)
+        assert torch.equal(alias, seen)
+    assert first.data_ptr() == home
+    assert torch.equal(first, seen)
+
+
+def test_a_graph_of_the_perturbed_weights_is_refused_afterwards() -> None:
+    """``loss.backward()`` behind the block would otherwise be taken with the restored weights, and say nothing."""
+    first, second = _two_weights()
+    optimizer = SAM([first, second], "sgd", lr=0.1, rho=1.0)
+    (first @ second).square().sum().backward()
+    with optimizer.perturbed():
+        loss = (first @ second).square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_weights_that_share_a_storage_move_together() -> None:
+    first, _ = _two_weights()
+    other = torch.nn.Parameter(first.data)
+    optimizer = SAM([first, other], "sgd", lr=0.1, rho=1.0)
+    first.square().sum().backward()
+    before = first.detach().clone()
+    with optimizer.perturbed():
+        assert not torch.equal(first, before)
+        assert torch.equal(first, other)
+    assert torch.equal(other, before)
+
+
+@pytest.mark.parametrize("descent", ["adamw", "adam"])
+@pytest.mark.parametrize("what", ["weights with gaps", "a transposed gradient"])
+def test_the_fused_descent_is_left_where_it_would_pair_the_wrong_elements(descent: str, what: str) -> None:
+    stepped = []
+    cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[descent]
+    for kind in (descent, cls):
+        torch.manual_seed(0)
+        base = torch.randn(4, 6)
+        weights = (base[:, :3] if what == "weights with gaps" else base.clone()).detach().requires_grad_()
+        untouched = base[:, 3:].clone()
+        optimizer = SAM([weights], kind, lr=0.1, rho=0.5)
+        assert optimizer.param_groups[0]["fused"] == (True if kind == descent else None)
+        gradient = torch.randn(weights.shape[1], weights.shape[0]).t()
+        weights.grad = gradient.clone() if what == "weights with gaps" else gradient
+        optimizer.perturb()
+        optimizer.restore()
+        optimizer.step()
+        assert torch.equal(base[:, 3:], untouched)
+        stepped.append(weights.detach().clone())
+    torch.testing.assert_close(stepped[0], stepped[1])
+
+
+def test_fused_can_be_turned_off_by_name() -> None:
+    assert SAM(_two_weights(), "adamw", lr=0.1).param_groups[0]["fused"] is True
+    for options in ({"fused": False}, {"foreach": True}):
+        assert SAM(_two_weights(), "adamw", lr=0.1, **options).param_groups[0]["fused"] is None

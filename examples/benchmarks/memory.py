@@ -118,8 +118,8 @@ def _peak_on_cpu(work: Callable[[], object]) -> int:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
-    return max(itertools.accumulate(change for _, change in changes))
+    changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in changes))
 
 
 def measure(model: str, device: str) -> dict[str, Any]:

@@ -64,12 +64,12 @@ class Grid:
     def over_radii(self) -> tuple[float, float]:
         """Return the lowest and highest mean over radii, at the learning rate of the best point.
 
-        Of the radii that all learning rates were run with, which all methods share.
+        Of the radii that all learning rates were run with, which all methods share; NaN where there are none.
         """
         rates = self.rates
         whole = [rho for rho in self.radii if all((rho, lr) in self.means for lr in rates)]
         means = [self.means[rho, self.best[1]] for rho in whole]
-        return min(means), max(means)
+        return (min(means), max(means)) if means else (math.nan, math.nan)
 
     @property
     def radii(self) -> list[float | None]:
@@ -156,7 +156,7 @@ def claims(problems: Mapping[str, Mapping[str, Grid]], digits: int = 3) -> str:
             grid = grids.get(name)
             if grid is None:
                 cells.append("")
-            elif grid.radii == [None]:
+            elif grid.radii == [None] or math.isnan(grid.over_radii()[0]):
                 cells.append(f"{grid.means[grid.best]:.{digits}f}")
             else:
                 low, high = grid.over_radii()

@@ -284,7 +284,7 @@ def found(results: Sequence[Result], level: Mapping[str, Any]) -> dict[str, dict
 def gains(by_method: Mapping[str, Mapping[int, Result]]) -> dict[str, Summary]:
     """Return the summary of each method that has results, with its differences to the baseline by seed."""
     scores = {
-        name: {seed: result["score"] for seed, result in by_seed.items() if result["score"] is not None}
+        name: {seed: result["score"] or 0.0 for seed, result in by_seed.items()}  # a constant answer has no correlation
         for name, by_seed in by_method.items()
     }
     return {name: summarize(own, None if name == BASELINE else scores[BASELINE]) for name, own in scores.items() if own}

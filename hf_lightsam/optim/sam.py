@@ -9,8 +9,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
+from ..tensors import local
 from .rules import NormalizedGradient, Rule
-from .rules.base import Group
+from .rules.base import Group, local_gradients, same_layout
 from .sharpness_aware import SharpnessAwareOptimizer
 from .validation import Params, check_betas, check_choice, check_kernels, check_number
 
@@ -51,7 +52,7 @@ class SAM(SharpnessAwareOptimizer):
         descent: A torch optimizer class, another callable that makes one from parameter groups and options, or one of
             ``"adamw"``, ``"adam"``, ``"sgd"``, ``"adagrad"``, ``"adafactor"``, ``"adamax"``, ``"nadam"``, ``"radam"``,
             ``"rmsprop"``: torch's, with their defaults, but that ``"adamw"`` and ``"adam"`` take their fused kernels
-            where the device has them. Default: ``"adamw"``.
+            where the device has them, unless ``foreach`` or ``fused`` is given. Default: ``"adamw"``.
         rho: Length of the perturbation of the whole model, at least 0. Default: 0.05.
         rho_schedule: ``"constant"`` or ``"lr"``; beyond the paper, see
             :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. Default: ``"constant"``.
@@ -74,6 +75,8 @@ class SAM(SharpnessAwareOptimizer):
     """
 
     rule: ClassVar[type[Rule]] = NormalizedGradient
+
+    _copied: ClassVar[tuple[str, ...]] = (*SharpnessAwareOptimizer._copied, "_chose_fused")
 
     def __init__(
         self,
@@ -106,11 +109,14 @@ class SAM(SharpnessAwareOptimizer):
 
         def make_descent(groups: list[Group]) -> torch.optim.Optimizer:
             options = dict(descent_options)
-            if descent in FUSED and all(map(_can_be_fused, groups)):
+            self._chose_fused = (
+                descent in FUSED and foreach is None and fused is None and all(map(_can_be_fused, groups))
+            )
+            if self._chose_fused:
                 options["fused"] = True
             try:
                 optimizer = make(groups, **options)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 raise UsageError(f"descent={descent!r}: {error}") from error
             for name in ("rho", *shared):
                 if name in optimizer.defaults:
@@ -122,6 +128,16 @@ class SAM(SharpnessAwareOptimizer):
 
         changing: dict[str, Any] = {"rho_schedule": rho_schedule, "adaptive_rho": adaptive_rho}
         super().__init__(params, rho, make_ascent, make_descent, **changing, **shared)
+
+    def _prepare_descent(self) -> None:
+        """Leave the fused kernels where they would pair the wrong elements, as they do not look at strides."""
+        if not self._chose_fused:
+            return
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            is_mixed = len({isinstance(p, DTensor) for p in parameters}) > 1
+            if is_mixed or not all(map(same_layout, local(parameters), local_gradients(parameters))):
+                group["fused"] = False
 
     def perturb(self) -> None:
         """Save the weights, and move them, as :meth:`SharpnessAwareOptimizer.perturb`.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from ..errors import UsageError
 from ..passes.plan import GradientPlan
@@ -183,7 +184,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         """Return a plan around this optimizer.
 
         Args:
-            **options: ``replay_rng`` and ``sync_ascent`` of :class:`~hf_lightsam.passes.GradientPlan`.
+            **options: ``replay_rng``, ``sync_ascent`` and ``cheaper`` of :class:`~hf_lightsam.passes.GradientPlan`.
         """
         self._has_plan = True
         return self.plan_class(self, **self._plan_options(), **options)
@@ -293,7 +294,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         """Save parameters that are about to be moved, or have them move in the place of their copies."""
         buffers = [self._buffer(p) for p in parameters]
         copy_(buffers, parameters)
-        can_leave = [False] * len(parameters) if self.adaptive_rho else can_leave_storage(parameters, buffers)
+        everyone = [p for group in self.param_groups for p in group["params"]]
+        can_leave = [not self.adaptive_rho and can for can in can_leave_storage(parameters, buffers, everyone)]
         self._saved = [
             p.detach() if leaves else buffer for p, buffer, leaves in zip(parameters, buffers, can_leave, strict=True)
         ]
@@ -334,6 +336,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             return
         for index in self._away:  # home again, to where nothing was written
             self._perturbed[index].data = self._saved[index]
+        # As a copy would: a graph that is left from the perturbed weights is refused, and not run with these.
+        increment_version([self._perturbed[index] for index in self._away])
         if len(self._away) < len(self._perturbed):
             away = set(self._away)
             stayed = [index for index in range(len(self._perturbed)) if index not in away]
@@ -442,10 +446,14 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         if not self._ascended and self.wants_ascent:
             self._make_ascent_state_or_refuse()
         self._ascended = False
+        self._prepare_descent()
         self.descent.step()
         self._note_step()
         self._has_stepped = True
         return loss
+
+    def _prepare_descent(self) -> None:
+        """Do what the descent needs before its step (default: nothing)."""
 
     def _note_step(self) -> None:
         """With ``adaptive_rho`` note how far the step has gone, for the next one's radius."""

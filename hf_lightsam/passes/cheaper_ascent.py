@@ -28,13 +28,14 @@ class CheaperAscent:
             Which rows they are depends on how a step is cut into micro-batches.
         every: Take an ascent gradient in every so many steps only; those between perturb along the last one again.
             Cost: ``1 + 1 / every`` gradients, and memory for one gradient more. The loss that is logged in the steps
-            between is that at the perturbed weights.
+            between is that at the perturbed weights. An ascent gradient that is not finite perturbs none of them.
         start: Share of the training, in [0, 1), that passes without a perturbation. Cost: ``2 - start`` gradients.
         gradient: ``"fresh"``, or ``"previous"``: perturb along the gradient with which the last step descended, which
             is there already. Cost: 1 gradient, and memory for one more. The first step is plain descent. The loss that
             is logged is that at the perturbed weights.
         dtype: ``"bfloat16"``: take the ascent gradient under autocast to it, and the descent gradient as ever. For
-            training in float32 on hardware that is faster in bfloat16.
+            training in float32 on hardware that is faster in bfloat16. There is no ``sharpness``, which is often
+            smaller than what bfloat16 changes in a loss.
         embeddings: Whether the ascent has gradients for the weights of ``nn.Embedding``, and so perturbs them; an
             output layer that is tied to them goes with them. False not under FSDP2, which reduces the gradients of a
             layer together.
@@ -51,11 +52,11 @@ class CheaperAscent:
     embeddings: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.rows, bool) or not 0.0 < self.rows <= 1.0:
+        if not _is_number(self.rows) or not 0.0 < self.rows <= 1.0:
             raise UsageError(f"ascent_rows={self.rows!r}: expected a share of the rows, above 0 and at most 1")
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise UsageError(f"ascent_every={self.every!r}: expected a number of steps, at least 1")
-        if isinstance(self.start, bool) or not 0.0 <= self.start < 1.0:
+        if not _is_number(self.start) or not 0.0 <= self.start < 1.0:
             raise UsageError(f"ascent_start={self.start!r}: expected a share of the training, from 0 and below 1")
         if self.gradient not in GRADIENTS:
             raise UsageError(f"ascent_gradient={self.gradient!r}: expected one of {', '.join(GRADIENTS)}")
@@ -106,3 +107,7 @@ class CheaperAscent:
             return
         with torch.autocast(device.type, dtype=getattr(torch, self.dtype)):
             yield
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -14,6 +14,7 @@ from ..tensors import local
 from .left_out import needs_all_gradients, without_gradients
 from .plan import GradientPlan, WindowResult, added
 from .rng import RngState
+from .running_statistics import modules_with_running_statistics
 from .window import Window
 
 
@@ -36,10 +37,17 @@ class TwoPass(GradientPlan):
 
     def bind(self, model: nn.Module) -> None:
         """See :class:`GradientPlan`."""
+        if self.cheaper.rows < 1.0 and modules_with_running_statistics(model):
+            raise UsageError(
+                f"ascent_rows={self.cheaper.rows!r}: the model has running statistics (BatchNorm), which would be "
+                "those of some of the rows; expected 1"
+            )
         if self.cheaper.embeddings:
             return
         weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         self._left_out = [parameter for parameter in self.parameters() if id(parameter) in weights]
+        if all(id(parameter) in weights for parameter in self.parameters() if parameter.requires_grad):
+            raise UsageError("ascent_embeddings=False: nothing but embeddings is trained; expected True")
         if any(isinstance(parameter, DTensor) for parameter in self._left_out):
             raise UsageError(
                 "ascent_embeddings=False: the embeddings are sharded by FSDP, which reduces the gradients of a layer "
@@ -58,10 +66,10 @@ class TwoPass(GradientPlan):
         result = WindowResult(losses)
         self.perturb(window, result.measures, measure=measure)
         if self.cheaper.every > 1:
-            self._hold_gradients()
+            self._hold_gradients(window)
             self._steps_since_fresh = 1
         perturbed_losses = self._descent(window, states, result)
-        if self.cheaper.rows == 1.0:
+        if self.cheaper.rows == 1.0 and self.cheaper.dtype is None:
             result.measures["sharpness"] = added(perturbed_losses) - added(losses)
         return result
 
@@ -119,14 +127,14 @@ class TwoPass(GradientPlan):
     def after_step(self, window: Window) -> dict[str, Tensor]:
         """Keep the gradient of the step, where the next one perturbs along it."""
         if self.cheaper.gradient == "previous":
-            self._hold_gradients()
+            self._hold_gradients(window)
         return {}
 
-    def _hold_gradients(self) -> None:
-        """Keep the gradients as they are: the parameters get new ones, but those in the buckets of an engine do not."""
+    def _hold_gradients(self, window: Window) -> None:
+        """Keep the gradients as they are: the parameters get new ones, but those in DDP's buckets are written again."""
         self._held = self.set_aside_gradients()
         for index, gradient in enumerate(self._held):
-            if gradient is not None and _is_part(gradient):
+            if gradient is not None and (window.world_size > 1 or _is_part(gradient)):
                 self._held[index] = gradient.clone()
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ...demo.encoder import PACKAGE, packaged_encoder
 from ...errors import UsageError
 from ...optim.recipes import RECIPES
 from ...optim.validation import check_number
+from ...passes import CheaperAscent
 from ...training_args import LightSAMTrainingArguments
 from ..arguments import ModelArguments
 from ..recipe import Recipe, load_recipe
@@ -38,12 +39,15 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
     "log_level_replica": "error",
     "average_tokens_across_devices": False,
+    "learning_rate": 5e-5,
 }
 """Where a suite's default differs from the Trainer's. ``average_tokens_across_devices``: with it the Trainer multiplies
 the loss by the number of processes (transformers 5.24), which is wrong for models whose loss is a mean over rows, as
-those of classification are, and would clip the baseline's gradients otherwise than those of the family."""
+those of classification are, and would clip the baseline's gradients otherwise than those of the family.
+``learning_rate``: one for all methods, where forms I and II of LightSAM have another default."""
 
-_RUN_FIELDS = ("replay_rng", "sync_ascent", "validation_fraction")
+_CHEAPER = tuple(f"ascent_{each.name}" for each in dataclasses.fields(CheaperAscent))
+_RUN_FIELDS = ("replay_rng", "sync_ascent", "validation_fraction", *_CHEAPER)
 """Fields of :class:`LightSAMTrainingArguments` that are no options of an optimizer."""
 
 _OPTIONS = tuple(
@@ -211,6 +215,8 @@ class Request:
         dropped = {*_SUITE_FIELDS, *_OPTIONS, "optim", "optim_args"}
         if method.name not in RECIPES or not RECIPES[method.name].optimizer.plan_class.needs_validation:
             dropped.add("validation_fraction")  # the other methods refuse it
+        possible = RECIPES[method.name].optimizer.plan_class.cheaper_options if method.name in RECIPES else ()
+        dropped |= set(_CHEAPER) - {f"ascent_{name}" for name in possible}  # likewise
         values = {name: value for name, value in values.items() if name not in dropped}
         values |= {"output_dir": str(output_dir), "seed": seed}
         return LightSAMTrainingArguments(optim=method.name, optim_args=method.options or None, **values)
@@ -252,8 +258,8 @@ class Request:
             for name, value in args.items()
             if name in _ALWAYS_TOLD or (name not in {*_WITHOUT_EFFECT, *_OPTIONS} and value != plain[name])
         }
-        fraction = self.given.get("validation_fraction")
-        told |= {} if fraction is None else {"validation_fraction": fraction}
+        of_some = ("validation_fraction", *_CHEAPER)  # which the first method may be without
+        told |= {name: self.given[name] for name in of_some if self.given.get(name) is not None}
         return {"max_seq_length": self.max_seq_length(task), **told}
 
 

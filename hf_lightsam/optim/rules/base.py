@@ -138,8 +138,7 @@ class Rule(torch.optim.Optimizer, ABC):
             return
         self.make_state(groups)
         fused = [
-            self._use_fused(group, parameters)
-            and all(map(_same_layout, local(parameters), local_gradients(parameters)))
+            self._use_fused(group, parameters) and all(map(same_layout, local(parameters), local_gradients(parameters)))
             for group, parameters in members
         ]
         if skip is not None and not all(fused) and bool(skip):  # kernels that cannot skip on the device: one sync
@@ -214,7 +213,7 @@ def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return local([p.grad for p in parameters if p.grad is not None])
 
 
-def _same_layout(parameter: Tensor, gradient: Tensor) -> bool:
+def same_layout(parameter: Tensor, gradient: Tensor) -> bool:
     """Whether a fused kernel pairs the right elements: it walks through memory without a look at the strides.
 
     Gradients that autograd accumulates have a dense parameter's strides; those that users assign, and those of a
