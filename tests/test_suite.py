@@ -487,6 +487,31 @@ def test_recipes_stand_behind_the_flags(tmp_path: Path) -> None:
             args = request.training_arguments(task, method, 1, tmp_path)
             assert (args.learning_rate, args.weight_decay, args.seed) == (rate, 0.2, 1)
         assert request.max_seq_length(task) == length
+    recipe.write_text("defaults: {save_steps: 77}\ntasks:\n  cola: {}\n")  # what a suite has another default for
+    assert parse([*flags[:3], "cola"], "glue").training_arguments(TASKS["cola"], method, 1, tmp_path).save_steps == 77
+
+
+def test_ascent_options_hold_for_the_methods_that_have_them(tmp_path: Path) -> None:
+    flags = ["--tasks", "cola", "--output_dir", str(tmp_path / "out"), "--ascent_every", "4"]
+    request = parse([*flags, "--methods", "sam", "lets_sam"], "glue")
+    every = {
+        method.name: request.training_arguments(TASKS["cola"], method, 1, tmp_path).ascent_every
+        for method in request.methods
+    }
+    assert every == {BASELINE: 1, "lightsam_adam": 4, "sam": 4, "lets_sam": 1}
+    assert request.settings()["tasks"]["cola"]["ascent_every"] == 4
+
+
+def test_a_suite_has_one_learning_rate(tmp_path: Path) -> None:
+    request = parse(["--tasks", "cola", "--output_dir", str(tmp_path / "out"), "--optim", "lightsam_adagrad"], "glue")
+    rates = {request.training_arguments(TASKS["cola"], method, 1, tmp_path).learning_rate for method in request.methods}
+    assert rates == {5e-5} == {request.settings()["tasks"]["cola"]["learning_rate"]}
+
+
+def test_recipes_settings_of_a_task(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tasks:\n  cola: {}\n  rte: {max_seq_length: 256}\n")
+    flags = ["--recipe", str(recipe), "--tasks", "cola", "rte", "--output_dir", str(tmp_path / "out")]
     assert parse([*flags, "--max_seq_length", "32"], "glue").max_seq_length(TASKS["rte"]) == 32
     with pytest.raises(UsageError, match="no settings for sst2"):
         parse([*flags[:2], "--tasks", "sst2"], "glue")

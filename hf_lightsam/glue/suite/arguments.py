@@ -287,7 +287,8 @@ def parse(argv: Sequence[str], program: str, description: str | None = None) -> 
         description=description,
         formatter_class=_HelpFormatter,
     )
-    parser.set_defaults(**DEFAULTS)  # for --help
+    for action in parser._actions:  # for --help; set_defaults() would put them among the flags that are given
+        action.default = DEFAULTS.get(action.dest, action.default)
     given = _given(parser, argv)
     recipe = load_recipe(given["recipe"], parser) if given.get("recipe") else None
     common = {} if recipe is None else _common(recipe)
