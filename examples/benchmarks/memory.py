@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from measure import Phases, add, check_device, environment, read
 from phases import make_parameters, of
-from shapes import CONFIGS, shapes_of
+from shapes import CONFIGS, check_models, shapes_of
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
@@ -44,9 +44,7 @@ class BenchmarkArguments:
     table: bool = field(default=False, metadata={"help": "Print the results that are there; measure nothing."})
 
     def __post_init__(self) -> None:
-        for name in self.models:
-            if name not in CONFIGS:
-                raise UsageError(f"models={name!r}: expected some of {', '.join(CONFIGS)}")
+        check_models(self.models)
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"device={self.device!r}: expected cpu or cuda")
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from measure import Phases, Timing, add, check_device, environment, interleaved, ratio, read
-from shapes import CONFIGS, Shapes, shapes_of
+from shapes import CONFIGS, Shapes, check_models, shapes_of
 from torch import Tensor
 from transformers import HfArgumentParser
 
@@ -64,9 +64,7 @@ class BenchmarkArguments:
     table: bool = field(default=False, metadata={"help": "Print the results that are there; measure nothing."})
 
     def __post_init__(self) -> None:
-        for name in self.models:
-            if name not in CONFIGS:
-                raise UsageError(f"models={name!r}: expected some of {', '.join(CONFIGS)}")
+        check_models(self.models)
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"dtype={self.dtype!r}: expected float32 or bfloat16")
         if self.allocator not in ("default", "reuse"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedConfig,
     RobertaConfig,
 )
+
+from hf_lightsam import UsageError
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "MiniLM-L6": lambda: BertConfig(
@@ -40,6 +42,17 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 """By name: the encoders with a classifier of two classes, the decoder with tied embeddings (the shape of Llama 3.2)."""
+
+
+def check_models(names: Iterable[str]) -> None:
+    """Refuse names of models that are not here.
+
+    Raises:
+        UsageError: Naming the first.
+    """
+    for name in names:
+        if name not in CONFIGS:
+            raise UsageError(f"models={name!r}: expected some of {', '.join(CONFIGS)}")
 
 
 @dataclass(frozen=True)
