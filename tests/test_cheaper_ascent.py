@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_args, make_bert, make_rows, train, weights
 from ranks import train_on_ranks
 from tasks import make_task
@@ -19,6 +20,17 @@ from hf_lightsam import SAM, LightSAM, LightSAMTrainer, UsageError
 from hf_lightsam.loop import SharpnessAwareLoop
 from hf_lightsam.optim import SharpnessAwareOptimizer
 from hf_lightsam.passes import CheaperAscent
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """The precision of an earlier test's Accelerator would be that of this one's."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
 
 NUM_STEPS = 7
 RHO, LR = 0.1, 0.05

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,6 +112,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {"device": device.type, "hardware": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def trace_events(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
+    """Return the events of a profile, as its trace tells them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return list(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

@@ -11,15 +11,13 @@ adapters (PEFT, rank 8) on the same model, of which only they are trained.
 from __future__ import annotations
 
 import itertools
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Phases, add, check_device, environment, read
+from measure import Phases, add, check_device, environment, read, trace_events
 from phases import make_parameters, of
 from shapes import CONFIGS, check_models, shapes_of
 from torch import Tensor
@@ -112,10 +110,7 @@ def _peak_on_cuda(work: Callable[[], object]) -> int:
 def _peak_on_cpu(work: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    events = trace_events(profiler)
     changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
     return max(itertools.accumulate(event["args"]["Bytes"] for event in changes))
 

@@ -1,9 +1,9 @@
 """What does a training step cost over 1, 2 and 4 processes, in time and in bytes sent?
 
 DistributedDataParallel over gloo on CPUs, in the Trainer: a BERT of MiniLM's size, the same rows for each process
-however many there are. Methods follow each other in the same processes. Bytes are those that went through the loopback
-interface, over all processes, per step; so run it where nothing else uses that. With ``sync_ascent=False`` the ascent
-gradient is of each process's own rows, and LightSAM sends what AdamW does.
+however many there are. Methods follow each other in the same processes. Bytes are those of the tensors that a process
+hands to collectives in a step, as torch's profiler tells them, in steps after those that are timed. With
+``sync_ascent=False`` the ascent gradient is of each process's own rows, and LightSAM sends what AdamW does.
 
     python examples/benchmarks/scaling.py
     python examples/benchmarks/scaling.py --table     # the table, from the committed results
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,10 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
-from measure import Timing, add, environment, read
+from measure import Timing, add, environment, read, trace_events
 from training_step import make_model, make_rows
 from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -45,6 +44,11 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "LightSAM-Adam, ascent not synchronised": {"optim": "lightsam_adam", "sync_ascent": False},
 }
 WARM_UP = 4
+PROFILED = 2
+"""Steps after the measured ones, whose communication is counted."""
+
+BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long": 8, "long int": 8, "int": 4, "bool": 1}
+"""Size of an element by its name in a profile."""
 
 
 @dataclass
@@ -69,36 +73,50 @@ class BenchmarkArguments:
 
 
 class Meter(TrainerCallback):
-    """Measures seconds and bytes sent from the end of one step to that of the next."""
+    """Measures the seconds of each step, from the end of one to that of the next, and then the bytes of some more.
 
-    def __init__(self) -> None:
-        self.marks: list[tuple[float, int]] = []
+    Args:
+        repetitions: Steps that are timed, after the warm-up.
+    """
+
+    def __init__(self, repetitions: int) -> None:
+        self.last = WARM_UP + repetitions
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+        self._marks: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where clock and counter are."""
-        self.marks.append((time.perf_counter(), sent()))
+        """Note the time, or start the profile."""
+        if state.global_step <= self.last:
+            self._marks.append(time.perf_counter())
+        if state.global_step == self.last:
+            self.profiler.start()
+        elif state.global_step == self.last + PROFILED:
+            self.profiler.stop()
 
-    def steps(self) -> list[tuple[float, int]]:
-        """Return seconds and bytes of each step after the warm-up."""
-        marks = self.marks[WARM_UP - 1 :]
-        return [(later[0] - earlier[0], later[1] - earlier[1]) for earlier, later in itertools.pairwise(marks)]
+    def figures(self) -> dict[str, Any]:
+        """Return ``seconds`` of the timed steps and ``bytes`` of a step."""
+        seconds = [later - earlier for earlier, later in itertools.pairwise(self._marks[WARM_UP - 1 :])]
+        return {"seconds": seconds, "bytes": sum(map(handed_over, trace_events(self.profiler))) / PROFILED}
 
 
-def sent() -> int:
-    """Return the bytes that have gone through the loopback interface since the system started."""
-    counters = psutil.net_io_counters(pernic=True)
-    return next(counter.bytes_sent for name, counter in counters.items() if name.startswith("lo"))
+def handed_over(event: dict[str, Any]) -> int:
+    """Return the bytes that an event of a profile hands to a collective of gloo's or NCCL's; 0 for other events."""
+    if not str(event.get("name", "")).startswith(("gloo:", "nccl:")):
+        return 0
+    args = event.get("args", {})
+    tensors = zip(args.get("Input Dims", ()), args.get("Input type", ()), strict=False)
+    return sum(math.prod(dims) * BYTES[kind] for dims, kind in tensors if kind in BYTES)
 
 
 def work(arguments: BenchmarkArguments, path: Path) -> None:
     """Train with each method, in one of the processes; the first one leaves the figures."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    steps = WARM_UP + arguments.repetitions
+    steps = WARM_UP + arguments.repetitions + PROFILED
     found = {}
     for name, options in CASES.items():
         model = make_model("MiniLM-L6")
-        meter = Meter()
+        meter = Meter(arguments.repetitions)
         with tempfile.TemporaryDirectory() as folder:
             args = LightSAMTrainingArguments(
                 output_dir=folder,
@@ -117,7 +135,7 @@ def work(arguments: BenchmarkArguments, path: Path) -> None:
             trainer = LightSAMTrainer(model, args, train_dataset=rows, callbacks=[meter])
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        found[name] = meter.steps()
+        found[name] = meter.figures()
         if dist.is_initialized():
             dist.barrier()
     if int(os.environ.get("RANK", 0)) == 0:
@@ -131,18 +149,18 @@ def measure(arguments: BenchmarkArguments, number: int) -> dict[str, Any]:
         flags = [f"--{name}={getattr(arguments, name)}" for name in ("batch_size", "length", "repetitions")]
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
         subprocess.run([sys.executable, *launch, __file__, *flags, f"--worker={path}"], check=True)
-        steps = json.loads(path.read_text(encoding="utf-8"))
+        figures = json.loads(path.read_text(encoding="utf-8"))
     settings = {name: getattr(arguments, name) for name in ("batch_size", "length")}
-    return {"processes": number, **settings, **environment(torch.device("cpu")), "steps": steps}
+    return {"processes": number, **settings, **environment(torch.device("cpu")), "figures": figures}
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of results in Markdown."""
     lines = []
     for result in sorted(results, key=lambda one: one["processes"]):
-        seconds = {name: Timing([step[0] for step in steps]) for name, steps in result["steps"].items()}
-        sizes = {name: statistics.median(step[1] for step in steps) for name, steps in result["steps"].items()}
-        for name in result["steps"]:
+        seconds = {name: Timing(one["seconds"]) for name, one in result["figures"].items()}
+        sizes = {name: one["bytes"] for name, one in result["figures"].items()}
+        for name in result["figures"]:
             is_alone = result["processes"] == 1
             lines.append(
                 [
@@ -154,7 +172,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
                     "" if is_alone else f"{sizes[name] / sizes[BASELINE]:.3f}",
                 ]
             )
-    head = ["processes", "", "step, ms", "over AdamW", "sent in a step, MiB", "over AdamW"]
+    head = ["processes", "", "step, ms", "over AdamW", "to collectives in a step, MiB", "over AdamW"]
     return markdown(head, lines, numbers_from=2)
 
 

@@ -110,7 +110,11 @@ class SAM(SharpnessAwareOptimizer):
         def make_descent(groups: list[Group]) -> torch.optim.Optimizer:
             options = dict(descent_options)
             self._chose_fused = (
-                descent in FUSED and foreach is None and fused is None and all(map(_can_be_fused, groups))
+                descent in FUSED
+                and foreach is None
+                and fused is None
+                and not options.get("differentiable")
+                and all(map(_can_be_fused, groups))
             )
             if self._chose_fused:
                 options["fused"] = True
@@ -156,5 +160,5 @@ class SAM(SharpnessAwareOptimizer):
 
 
 def _can_be_fused(group: Group) -> bool:
-    has_choice = group.get("foreach") is not None or group.get("fused") is not None
+    has_choice = any(group.get(name) is not None for name in ("foreach", "fused", "differentiable"))
     return not has_choice and all(parameter.device.type in Rule.fused_devices for parameter in group["params"])
