@@ -103,6 +103,7 @@ def _log_levels() -> Iterator[None]:
     """A script sets the levels of a whole process; the next test looks for what the default ones let through."""
     loggers = [logging.getLogger(name) for name in ("hf_lightsam", "transformers", "datasets")]
     levels = [logger.level for logger in loggers]
+    logging.getLogger("transformers").setLevel(logging.WARNING)  # a fixture of a whole module may have left another
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
