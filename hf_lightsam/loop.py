@@ -126,9 +126,8 @@ class SharpnessAwareLoop:
                 f"cheaper.dtype={cheaper.dtype!r}: mixed_precision={accelerator.mixed_precision!r} has both passes in "
                 "low precision; expected None"
             )
-        others: dict[str, Any] = {"cheaper": cheaper} if cheaper is not None and cheaper.changed else {}
         inner.bind(accelerator.unwrap_model(model))
-        self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent, **others)
+        self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent, cheaper=cheaper)
         self.plan.bind(accelerator.unwrap_model(model))
         self.plan.check_ranks(accelerator.num_processes)
         self._with_running_statistics = modules_with_running_statistics(model)

@@ -286,10 +286,8 @@ class SharpnessAwareMixin(_Base):
             optimizer.forget_ascents_without_a_step()  # of a batch that auto_find_batch_size has made smaller since
             model = self.accelerator.unwrap_model(self._module())
             optimizer.bind(model)
-            options: dict[str, Any] = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
-            cheaper = CheaperAscent.from_arguments(self.args)
-            options |= {"cheaper": cheaper} if cheaper.changed else {}
-            self._plan = optimizer.make_plan(**options)
+            options = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
+            self._plan = optimizer.make_plan(**options, cheaper=CheaperAscent.from_arguments(self.args))
             self._plan.bind(model)
             self._plan.check_ranks(self.args.world_size)
             self._with_running_statistics = modules_with_running_statistics(self._module())

@@ -103,7 +103,7 @@ class LightSAM(SharpnessAwareOptimizer):
         check_kernels(foreach, fused)
         ascent = check_choice("ascent", variant if ascent is None else ascent, tuple(VARIANTS))
         descent = check_choice("descent", variant if descent is None else descent, tuple(VARIANTS))
-        rate = LEARNING_RATES[descent] if lr is None else lr
+        rate = self.default_lr(variant, descent) if lr is None else lr
         to_the_letter = rho_scale == "coordinate"
         moments: dict[str, Any] = {
             "betas": check_betas(betas),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ..errors import UsageError
+from ..passes.cheaper_ascent import CheaperAscent
 from ..passes.plan import GradientPlan
 from ..passes.two_pass import TwoPass
 from ..tensors import can_leave_storage, check_gradient, copy_, difference_norm, local, total_norm
@@ -180,13 +181,16 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             model: The model, without wrappers; it may have parameters that the optimizer does not.
         """
 
-    def make_plan(self, **options: Any) -> GradientPlan:
+    def make_plan(self, *, cheaper: CheaperAscent | None = None, **options: Any) -> GradientPlan:
         """Return a plan around this optimizer.
 
         Args:
-            **options: ``replay_rng``, ``sync_ascent`` and ``cheaper`` of :class:`~hf_lightsam.passes.GradientPlan`.
+            cheaper: How ascents are spared; a plan that knows of no such thing is not asked for nothing.
+            **options: ``replay_rng`` and ``sync_ascent`` of :class:`~hf_lightsam.passes.GradientPlan`.
         """
         self._has_plan = True
+        if cheaper is not None and cheaper.changed:
+            options["cheaper"] = cheaper
         return self.plan_class(self, **self._plan_options(), **options)
 
     def _plan_options(self) -> dict[str, Any]:
