@@ -23,6 +23,7 @@ import transformers.trainer
 import transformers.trainer_seq2seq
 import transformers.training_args
 import transformers.training_args_seq2seq
+from torch import distributed
 
 from .errors import UsageError, report_usage_errors
 from .trainer import LightSAMSeq2SeqTrainer, LightSAMTrainer
@@ -86,11 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given[:1] in (["-h"], ["--help"]):
         print(f"usage: {PROGRAM} SCRIPT ...\n       {PROGRAM} -m MODULE ...\n\n{__doc__}")
         return
+    had_group = _has_process_group()
     try:
         run_script(given)
     except UsageError as error:  # of ours, wherever in the script: bad options are told in a line, too
         with report_usage_errors(PROGRAM):
             raise error from None
+    finally:
+        if _has_process_group() and not had_group:
+            # Its Trainer made the group, and few scripts destroy theirs: its threads may abort a rank that exits
+            # ("terminate called without an active exception"), and then the launcher calls the whole run failed.
+            distributed.destroy_process_group()
+
+
+def _has_process_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import sentence
@@ -92,6 +93,20 @@ def test_modules_and_missing_scripts(capsys: pytest.CaptureFixture[str]) -> None
     for arguments in ([], ["no_such_script.py"]):
         with pytest.raises(UsageError, match="expected the path of a script"):
             run_script(arguments)
+
+
+def test_a_group_that_the_script_leaves_is_destroyed(tmp_path: Path) -> None:
+    """Else a rank of gloo may abort while it exits, now and then, and the launcher calls the run failed."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from torch import distributed as d\n"
+        "d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)\n"
+        "sys.exit(0)\n"
+    )
+    with pytest.raises(SystemExit) as exit_:
+        cli(["run", str(script)])
+    assert exit_.value.code == 0
+    assert not torch.distributed.is_initialized()
 
 
 def test_what_scripts_import_under_the_swap() -> None:
