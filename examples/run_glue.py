@@ -30,17 +30,17 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 
-from hf_lightsam import LightSAMTrainingArguments, UsageError
+from hf_lightsam import UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.glue import preprocess
-from hf_lightsam.glue.arguments import DataArguments, ModelArguments
+from hf_lightsam.glue.arguments import DataArguments, ModelArguments, TextTrainingArguments
 from hf_lightsam.glue.dry_run import DryRunArguments, dry_run, wants_dry_run
 from hf_lightsam.glue.finetuning import build_trainer, load_model, load_tokenizer, num_positions
 from hf_lightsam.glue.recipe import RecipeArguments, apply_recipe
 from hf_lightsam.glue.script import begin, run_phases
 
 PROGRAM = "run_glue.py"
-TYPES = (ModelArguments, DataArguments, LightSAMTrainingArguments, RecipeArguments, DryRunArguments)
+TYPES = (ModelArguments, DataArguments, TextTrainingArguments, RecipeArguments, DryRunArguments)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from transformers import HfArgumentParser
 
-from hf_lightsam import LightSAMTrainingArguments, UsageError
+from hf_lightsam import UsageError
 from hf_lightsam.errors import report_usage_errors
-from hf_lightsam.glue.arguments import DataArguments, ModelArguments
+from hf_lightsam.glue.arguments import DataArguments, ModelArguments, TextTrainingArguments
 from hf_lightsam.glue.dry_run import DryRunArguments, dry_run, wants_dry_run
 from hf_lightsam.glue.finetuning import load_tokenizer
 from hf_lightsam.glue.instructions import (
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             (
                 ModelArguments,
                 DataArguments,
-                LightSAMTrainingArguments,
+                TextTrainingArguments,
                 InstructionArguments,
                 RecipeArguments,
                 DryRunArguments,

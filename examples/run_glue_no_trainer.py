@@ -28,10 +28,12 @@ from transformers import (
     HfArgumentParser,
     get_scheduler,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_lightsam import RECIPES, UsageError
 from hf_lightsam.errors import report_usage_errors
 from hf_lightsam.glue import get_task, glue_metrics, load_glue, preprocess
+from hf_lightsam.glue.by_length import lengths, longest_first
 from hf_lightsam.loop import SharpnessAwareLoop
 from hf_lightsam.optim.recipes import get_recipe
 from hf_lightsam.validation_rows import carve
@@ -68,6 +70,7 @@ class Arguments:
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of a micro-batch on each rank."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows of an evaluation batch on each rank."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of a step."})
+    group_by_length: bool = field(default=True, metadata={"help": "Draw rows of like length together: less padding."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the descent gradient to this norm."})
     sync_ascent: bool = field(default=True, metadata={"help": "Average the ascent gradient over ranks."})
     cpu: bool = field(default=False, metadata={"help": "Train on CPUs, whatever else there is."})
@@ -169,17 +172,22 @@ def _make_loaders(arguments: Arguments, tokenizer: object, accelerator: Accelera
     collator = DataCollatorWithPadding(tokenizer)  # type: ignore[arg-type]
     if arguments.recipe.optimizer.plan_class.needs_validation:
         rows["train"], rows["kept_apart"] = carve(rows["train"], arguments.validation_fraction, arguments.seed)
-    trained_on = ("train", "kept_apart")
-    sizes = {"train": arguments.per_device_train_batch_size, "kept_apart": arguments.per_device_train_batch_size}
-    return {
-        split: DataLoader(
-            rows[split],
-            batch_size=sizes.get(split, arguments.per_device_eval_batch_size),
-            shuffle=split in trained_on,
-            collate_fn=collator,
+    loaders: dict[str, DataLoader[Any]] = {}
+    for split, part in rows.items():
+        if split not in ("train", "kept_apart"):
+            part, size = longest_first(part)[0], arguments.per_device_eval_batch_size
+            loaders[split] = DataLoader(part, batch_size=size, collate_fn=collator)
+            continue
+        size = arguments.per_device_train_batch_size
+        sampler = None
+        if arguments.group_by_length:
+            window = size * accelerator.num_processes * arguments.gradient_accumulation_steps
+            generator = torch.Generator().manual_seed(arguments.seed)  # the same on all ranks, which share the batches
+            sampler = LengthGroupedSampler(window, lengths=lengths(part).tolist(), generator=generator)
+        loaders[split] = DataLoader(
+            part, batch_size=size, sampler=sampler, shuffle=sampler is None, collate_fn=collator
         )
-        for split in rows
-    }
+    return loaders
 
 
 def _windows(loader: DataLoader[Any], size: int) -> Iterator[list[BatchEncoding]]:

@@ -205,3 +205,18 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     training_step.main(["--device", "cuda", "--bf16", "--repetitions", "2", "--results", str(tmp_path / "t")])
     found = memory.measure("MiniLM-L6", "cuda")["peaks"]
     assert found["LightSAM-Adam"]["bytes"] >= 5 * found["LightSAM-Adam"]["trained"]
+
+
+def test_data_path_measures_padding_and_the_cache(tmp_path: Path, data_dir: Path, monkeypatch, capsys) -> None:
+    import data_path
+    from measure import read
+
+    from hf_lightsam.glue import token_cache
+
+    monkeypatch.setattr(token_cache, "KEPT_FROM", 1)
+    data_path.main(["--data_dir", str(data_dir), "--tasks", "cola", "--results", str(tmp_path / "r.json")])
+    (result,) = read(tmp_path / "r.json")
+    assert result["rows"] == 48
+    assert 0 <= result["grouped"] <= result["random"] < 1
+    assert 0 <= result["by_length"] <= result["in_order"] < 1
+    assert "| cola |" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import data_path
 import memory
 import phases
 import scaling
@@ -25,7 +26,7 @@ NOTHING = "*Not run yet.*"
 def files() -> Iterator[tuple[Path, str]]:
     """Yield the page with its text."""
     text = PAGE.read_text(encoding="utf-8")
-    for benchmark in (phases, training_step, memory, scaling):
+    for benchmark in (phases, training_step, memory, scaling, data_path):
         results = read(benchmark.RESULTS)
         text = filled(text, benchmark.__name__.replace("_", " "), benchmark.table(results) if results else NOTHING)
     yield PAGE, text

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import UsageError
+from ..training_args import LightSAMTrainingArguments
 from .metrics import METRICS
 from .tasks import TASKS, get_task
 
@@ -89,6 +90,23 @@ class DataArguments:
         for name in ("text_columns", "label_column"):
             if getattr(self, name) is None:
                 raise UsageError(f"{name}: not given; expected the names of columns of train_file={self.train_file!r}")
+
+
+@dataclass
+class TextTrainingArguments(LightSAMTrainingArguments):
+    """:class:`~hf_lightsam.LightSAMTrainingArguments` for rows of text: those of a batch have about one length.
+
+    ``--train_sampling_strategy random`` draws rows whatever their length, and pads more.
+    """
+
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Sampler for training: 'group_by_length' (default: less padding), 'random', 'sequential', "
+            "'batch_rebalance'.",
+            "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
+        },
+    )
 
 
 @dataclass

@@ -24,6 +24,7 @@ from ..trainer import LightSAMTrainer
 from ..training_args import LightSAMTrainingArguments
 from .answers import answers
 from .arguments import ModelArguments
+from .by_length import in_given_order, longest_first, predict_in_order
 from .metrics import METRICS, make_compute_metrics
 from .tasks import TextTask
 
@@ -124,7 +125,7 @@ def build_trainer(
         task: The task.
         args: The Trainer's arguments.
         train: Tokenized rows (:func:`~hf_lightsam.glue.preprocess`) to train on.
-        evaluation: Tokenized rows to evaluate on while training.
+        evaluation: Tokenized rows to evaluate on while training; the Trainer gets them sorted by length.
         pad_to: Tokens that every row is padded to. None: each batch to its longest row.
 
     Raises:
@@ -143,7 +144,7 @@ def build_trainer(
         model,
         args,
         train_dataset=train,
-        eval_dataset=evaluation,
+        eval_dataset=None if evaluation is None else longest_first(evaluation)[0],
         processing_class=tokenizer,
         data_collator=collator,
         compute_metrics=make_compute_metrics(task),
@@ -181,7 +182,7 @@ def evaluation_prefix(split: str) -> str:
 
 
 def evaluate(trainer: LightSAMTrainer, task: TextTask, rows: datasets.DatasetDict) -> dict[str, dict[str, float]]:
-    """Evaluate on all of a task's development splits.
+    """Evaluate on all of a task's development splits, in batches of rows of like length.
 
     Args:
         trainer: From :func:`build_trainer`.
@@ -195,7 +196,8 @@ def evaluate(trainer: LightSAMTrainer, task: TextTask, rows: datasets.DatasetDic
     metrics: dict[str, dict[str, float]] = {}
     for split in task.validation_splits:
         prefix = evaluation_prefix(split)
-        metrics[prefix] = trainer.evaluate(rows[split], metric_key_prefix=prefix)
+        with in_given_order(trainer):
+            metrics[prefix] = trainer.evaluate(longest_first(rows[split])[0], metric_key_prefix=prefix)
         metrics[prefix][f"{prefix}_samples"] = len(rows[split])
     return metrics
 
@@ -209,8 +211,7 @@ def predict(trainer: LightSAMTrainer, task: TextTask, rows: datasets.Dataset) ->
         rows: Tokenized rows of one split.
 
     Returns:
-        Class ids, or scores for a regression; shape ``(rows,)``. All processes get them.
+        Class ids, or scores for a regression, in the order of ``rows``; shape ``(rows,)``. All processes get them.
     """
     unlabeled = rows.remove_columns("label") if "label" in rows.column_names else rows
-    logits = trainer.predict(unlabeled, metric_key_prefix="predict").predictions
-    return answers(task, logits)
+    return answers(task, predict_in_order(trainer, unlabeled, "predict").predictions)

@@ -23,9 +23,11 @@ from ..errors import UsageError
 from ..trainer import LightSAMTrainer
 from ..training_args import LightSAMTrainingArguments
 from .arguments import ModelArguments
+from .by_length import longest_first
 from .finetuning import hub_options
 from .metrics import make_compute_metrics
 from .tasks import GlueTask, TextTask
+from .token_cache import cache_options
 
 IGNORED = -100
 """The label of tokens that no loss is taken of, as torch's cross entropy has it."""
@@ -239,6 +241,7 @@ def encode(
                 remove_columns=[*task.text_columns, *(["label"] if split == "train" else [])],
                 num_proc=num_proc,
                 desc="tokenizing",
+                **cache_options(part, tokenizer, "instructions", instruction, task.text_columns, max_length, split),
             )
             for split, part in rows.items()
         }
@@ -443,7 +446,7 @@ def build_instruction_trainer(
         model,
         args,
         train_dataset=train,
-        eval_dataset=evaluation,
+        eval_dataset=None if evaluation is None else longest_first(evaluation)[0],
         processing_class=tokenizer,
         data_collator=AnswerCollator(tokenizer.pad_token_id or 0),
         compute_metrics=make_compute_metrics(task),

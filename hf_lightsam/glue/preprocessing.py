@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..errors import UsageError
 from .data_report import TruncationReport
 from .tasks import TextTask
+from .token_cache import cache_options
 
 logger = logging.get_logger(__name__)
 
@@ -27,14 +28,16 @@ def preprocess(
 ) -> datasets.DatasetDict:
     """Tokenize the texts, cut to ``max_length`` tokens and not padded: that is the collator's work, batch by batch.
 
-    How many rows and tokens of a split were cut is logged as a warning; :func:`tokenize` returns it.
+    How many rows and tokens of a split were cut is logged as a warning; :func:`tokenize` returns it. Many rows are kept
+    in the cache of ``datasets`` (:mod:`~hf_lightsam.glue.token_cache`), so that they are tokenized once.
 
     Args:
         rows: From :func:`~hf_lightsam.glue.load_glue` or :func:`~hf_lightsam.glue.load_own_data`.
         task: Their task.
         tokenizer: A Transformers tokenizer.
         max_length: Tokens at most, of both texts of a pair together, special tokens included.
-        num_proc: Processes; None for this one.
+        num_proc: Processes; None for this one. (A fast tokenizer has threads of its own, unless
+            ``TOKENIZERS_PARALLELISM`` is false: more processes serve the others.)
         positions: Tokens that the model can read (:func:`~hf_lightsam.glue.finetuning.num_positions`); None for any
             number.
 
@@ -85,9 +88,13 @@ def tokenize(
                     encoded[name][index] = value
         return {**encoded, _NUM_TOKENS: lengths}
 
-    tokenized = rows.map(
-        to_tokens, batched=True, remove_columns=list(task.text_columns), num_proc=num_proc, desc="tokenizing"
-    )
+    columns = list(task.text_columns)
+    tokenized = datasets.DatasetDict()
+    for split, part in rows.items():
+        cache = cache_options(part, tokenizer, "rows of tokens", columns, max_length)
+        tokenized[split] = part.map(
+            to_tokens, batched=True, remove_columns=columns, num_proc=num_proc, desc="tokenizing", **cache
+        )
     reports = {
         str(split): TruncationReport.of(str(split), np.asarray(part[_NUM_TOKENS][:]), max_length)
         for split, part in tokenized.items()

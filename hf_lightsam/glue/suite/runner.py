@@ -26,6 +26,7 @@ from ...errors import UsageError
 from ...trainer import LightSAMTrainer
 from ..answers import answers
 from ..arguments import ModelArguments
+from ..by_length import predict_in_order
 from ..data import load_glue
 from ..finetuning import build_trainer, load_model, load_tokenizer, num_positions, predict
 from ..metrics import task_metrics
@@ -298,7 +299,7 @@ class Suite:
         trainer.compute_metrics = None  # what a diverged model answers may be no numbers, which a metric refuses
         lines: list[dict[str, Any]] = []
         for split in run.task.validation_splits:
-            output = trainer.predict(rows[split], metric_key_prefix="eval")
+            output = predict_in_order(trainer, rows[split], "eval")
             predicted, labels = answers(run.task, output.predictions), np.asarray(output.label_ids)
             is_finite = bool(np.all(np.isfinite(predicted)))
             scores = (
