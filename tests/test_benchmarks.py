@@ -175,6 +175,7 @@ def test_scaling_over_two_processes(tmp_path: Path) -> None:
         ("training_step", ["--device", "tpu"], "device='tpu': expected cpu"),
         ("training_step", ["--model", "decoder-1B"], "model='decoder-1B'"),
         ("training_step", ["--batch_size", "0"], "batch_size=0"),
+        ("training_step", ["--cheaper", "ascent_every=4"], "cheaper='ascent_every=4'"),
         ("scaling", ["--processes", "0"], "processes=0"),
     ],
 )

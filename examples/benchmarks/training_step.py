@@ -2,7 +2,8 @@
 
 A BERT of MiniLM's size on batches of full length. All trainers are in one process and take turns step by step: one
 takes its step, with the loading of its batch and all that a Trainer does around it, while the others wait. A case's
-figure is the median over turns of its time over that of the plain Trainer's step in the same turn.
+figure is the median over turns of its time over that of the plain Trainer's step in the same turn. Of the cheaper
+ascents those are here whose steps are all alike; ``examples/studies/cheaper_steps.py`` measures whole trainings.
 
     python examples/benchmarks/training_step.py
     python examples/benchmarks/training_step.py --table     # the table, from the committed results
@@ -19,6 +20,7 @@ from typing import Any
 
 import datasets
 import torch
+import yaml
 from measure import Phases, Timing, add, check_device, environment, ratio, read, stopwatch
 from shapes import CONFIGS
 from transformers import (
@@ -40,6 +42,8 @@ from hf_lightsam.glue.suite.tables import markdown
 RESULTS = Path(__file__).parent / "results" / "training_step.json"
 PLAIN = "Trainer, AdamW (fused)"
 ENCODERS = ("MiniLM-L6", "BERT-base", "RoBERTa-large")
+CHEAPER = ("ascent_rows", "ascent_gradient", "ascent_dtype", "ascent_embeddings")
+"""Options that make all steps alike cheaper."""
 
 
 @dataclass
@@ -53,6 +57,10 @@ class BenchmarkArguments:
     bf16: bool = field(default=False, metadata={"help": "Under bfloat16 autocast."})
     repetitions: int = field(default=12, metadata={"help": "Steps that are measured."})
     methods: list[str] = field(default_factory=lambda: ["lightsam_adam", "sam"], metadata={"help": "optim flags."})
+    cheaper: list[str] = field(
+        default_factory=lambda: ["ascent_rows=0.25", "ascent_gradient=previous"],
+        metadata={"help": "Cheaper ascents of LightSAM-Adam, of " + ", ".join(CHEAPER)},
+    )
     peers: bool = field(default=True, metadata={"help": "Measure other people's SAM too (needs pytorch-optimizer)."})
     results: str = field(default=str(RESULTS), metadata={"help": "JSON file; runs of the same kind are replaced."})
     table: bool = field(default=False, metadata={"help": "Print the results that are there; measure nothing."})
@@ -63,6 +71,9 @@ class BenchmarkArguments:
         for name in ("batch_size", "length", "repetitions"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected at least 1")
+        for option in self.cheaper:
+            if option.partition("=")[0] not in CHEAPER:
+                raise UsageError(f"cheaper={option!r}: expected NAME=VALUE with a name of {', '.join(CHEAPER)}")
         check_device(self.device)
 
 
@@ -162,6 +173,10 @@ def cases(arguments: BenchmarkArguments) -> dict[str, tuple[type[Trainer], dict[
         "LightSAMTrainer, AdamW (fused)": (LightSAMTrainer, adamw),
         **{f"LightSAMTrainer, {name}": (LightSAMTrainer, {"optim": name}) for name in arguments.methods},
     }
+    for option in arguments.cheaper:
+        name, _, value = option.partition("=")
+        options = {"optim": "lightsam_adam", name: yaml.safe_load(value)}
+        found[f"LightSAMTrainer, lightsam_adam, {option}"] = (LightSAMTrainer, options)
     if arguments.peers:
         try:
             import peers
