@@ -75,6 +75,9 @@ class SharpnessAwareLoop:
         sync_ascent: Average the ascent gradient over ranks; otherwise each rank perturbs by the gradient of its own
             rows, which spares half of the communication (m-sharpness).
         cheaper: How ascents are spared. With ``start``, :meth:`step` needs ``progress``. Default: they are not.
+        saved_weights: ``"device"`` or ``"host"``: where the weights are kept while they are perturbed; see
+            :meth:`~hf_lightsam.optim.SharpnessAwareOptimizer.keep_saved_weights`. Default: as the optimizer has it,
+            which is ``"device"``.
         row_losses: For methods that choose rows: returns the loss of each row, of shape (rows,), from the model's
             outputs and the micro-batch. Default: told from ``logits`` and ``labels`` as Transformers' losses do.
         validation_batches: For methods that learn on rows kept apart (LETS), and only for them: a function that
@@ -98,6 +101,7 @@ class SharpnessAwareLoop:
         replay_rng: bool = True,
         sync_ascent: bool = True,
         cheaper: CheaperAscent | None = None,
+        saved_weights: str | None = None,
         row_losses: FromOutputs | None = None,
         validation_batches: Callable[[int], Sequence[Any]] | Iterable[Any] | None = None,
     ) -> None:
@@ -126,6 +130,8 @@ class SharpnessAwareLoop:
                 f"cheaper.dtype={cheaper.dtype!r}: mixed_precision={accelerator.mixed_precision!r} has both passes in "
                 "low precision; expected None"
             )
+        if saved_weights is not None:
+            inner.keep_saved_weights(saved_weights)
         inner.bind(accelerator.unwrap_model(model))
         self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent, cheaper=cheaper)
         self.plan.bind(accelerator.unwrap_model(model))

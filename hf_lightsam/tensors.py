@@ -69,8 +69,11 @@ def _sharded_norms(tensors: Sequence[DTensor]) -> list[Tensor]:
 
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target: exact, one kernel per device and dtype."""
-    torch._foreach_copy_(local(targets), local(sources))
+    """Copy each source into its target: exact, one kernel per device and dtype.
+
+    Between an accelerator and pinned memory of the host nobody waits: what comes later in the stream sees it.
+    """
+    torch._foreach_copy_(local(targets), local(sources), non_blocking=True)
 
 
 def can_leave_storage(parameters: Sequence[Tensor], copies: Sequence[Tensor], everyone: Sequence[Tensor]) -> list[bool]:
@@ -97,14 +100,14 @@ def _is_plain(tensor: Tensor) -> bool:
 def difference_norm(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of ``first - second`` over all tensors and shards: a scalar on the first one's device.
 
-    One temporary of the size of the largest; one reduction for a layout of shards. The tensors of a pair are laid out
-    alike, and none is a sum that is still to be made (``Partial``).
+    One temporary of the size of the largest (two, where the second is on another device); one reduction for a layout of
+    shards. The tensors of a pair are laid out alike, and none is a sum that is still to be made (``Partial``).
     """
     norms: dict[Layout | None, list[Tensor]] = {}
     for a, b in zip(first, second, strict=True):
         layout = _layout(a) if isinstance(a, DTensor) else None
         own, other = local([a, b])
-        norms.setdefault(layout, []).append(total_norm([own - other]))
+        norms.setdefault(layout, []).append(total_norm([own - other.to(own.device)]))
     return _joint_norm(
         [
             _joint_norm(own) if layout is None else _over_shards(_joint_norm(own), layout)

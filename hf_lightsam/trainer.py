@@ -163,6 +163,9 @@ class SharpnessAwareMixin(_Base):
             "models sharded while loading (distributed_config), which have not been tried": (
                 self.is_distributed_loading_by_transformers
             ),
+            "FSDP under saved_weights='host', where each rank has its shards only": (
+                self.is_fsdp_enabled and getattr(self.args, "saved_weights", "device") == "host"
+            ),
             "FSDP under sync_ascent=False, where no rank has a whole gradient of its own": (
                 self.is_fsdp_enabled and not getattr(self.args, "sync_ascent", True)
             ),
@@ -286,6 +289,7 @@ class SharpnessAwareMixin(_Base):
             optimizer.forget_ascents_without_a_step()  # of a batch that auto_find_batch_size has made smaller since
             model = self.accelerator.unwrap_model(self._module())
             optimizer.bind(model)
+            optimizer.keep_saved_weights(getattr(self.args, "saved_weights", optimizer.saved_weights))
             options = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
             self._plan = optimizer.make_plan(**options, cheaper=CheaperAscent.from_arguments(self.args))
             self._plan.bind(model)

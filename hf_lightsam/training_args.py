@@ -131,6 +131,10 @@ class LightSAMTrainingArguments(TrainingArguments):
             a step costs one gradient. Default: ``"fresh"``.
         ascent_dtype: ``"bfloat16"``: take the ascent gradient alone under autocast to it. Default: None.
         ascent_embeddings: Whether the ascent has gradients for embeddings, and so perturbs them. Default: true.
+        saved_weights: Where the weights are kept while they are perturbed: ``"device"``, or ``"host"``, which takes one
+            copy of them off the GPU and sends it there and back in each step
+            (:meth:`~hf_lightsam.optim.SharpnessAwareOptimizer.keep_saved_weights`). Not with FSDP, nor ``lets_*``.
+            Default: ``"device"``.
 
     Raises:
         UsageError: At construction, for an option that is out of range, does not parse (``optim_args``), is given
@@ -307,6 +311,13 @@ class LightSAMTrainingArguments(TrainingArguments):
     ascent_embeddings: bool = field(
         default=True, metadata={"help": "Whether the ascent has gradients for embeddings, and so perturbs them."}
     )
+    saved_weights: Literal["device", "host"] = field(
+        default="device",
+        metadata={
+            "help": "Where the weights are kept while they are perturbed. host: in the host's memory, which takes a "
+            "copy of them off the GPU and sends it there and back in each step."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the method's options after Transformers has checked its own."""
@@ -317,6 +328,7 @@ class LightSAMTrainingArguments(TrainingArguments):
         if is_registered(self.optim):
             recipe, _ = optimizer_arguments(self)
             recipe.optimizer.plan_class.check_cheaper(cheaper)
+            recipe.optimizer.check_saved_weights(self.saved_weights)
             if self.validation_fraction is not None and not recipe.optimizer.plan_class.needs_validation:
                 raise UsageError(
                     f"validation_fraction={self.validation_fraction!r}: optim={recipe.name!r} learns on no rows kept "
@@ -325,6 +337,7 @@ class LightSAMTrainingArguments(TrainingArguments):
         else:
             given = [name for name in (*_FIELDS, "validation_fraction") if getattr(self, name) is not None]
             given += [f"ascent_{name}" for name in cheaper.changed]
+            given += ["saved_weights"] * (self.saved_weights != "device")
             if given:
                 raise UsageError(
                     f"{given[0]}={getattr(self, given[0])!r}: not an option of "

@@ -49,15 +49,16 @@ def test_front() -> None:
 def test_every_option_of_the_ascent_is_a_mode_and_its_cost_is_known() -> None:
     import dataclasses
 
-    from cheaper_steps import MODES, gradients
+    from cheaper_steps import MODES, OF_THE_METHOD, gradients
 
     from hf_lightsam.passes import CheaperAscent
 
     assert {mode.partition("=")[0] for mode in MODES.values()} == {
         "",
+        *OF_THE_METHOD,
         *(f.name for f in dataclasses.fields(CheaperAscent)),
     }
-    assert [gradients(mode) for mode in MODES.values()] == [2, 1.5, 1.25, 1.5, 1.25, 1.5, 1.25, 1, 2, 2]
+    assert [gradients(mode) for mode in MODES.values()] == [2, 1.5, 1.25, 1.5, 1.25, 1.5, 1.25, 1, 2, 2, 2]
 
 
 def test_script_on_the_demos_rows(

@@ -59,11 +59,13 @@ def _two_step(parameters: list[Tensor]) -> Phases:
     return two_step_sam(parameters)
 
 
-CASES: Mapping[str, tuple[Callable[[list[Tensor]], Phases], int]] = {
+CASES: Mapping[str, tuple[Callable[[list[Tensor]], Phases], float]] = {
     "AdamW (fused)": (lambda p: [("step", torch.optim.AdamW(p, fused=True).step)], 2),
     "LightSAM-AdaGrad-Norm": (lambda p: of(LightSAM(p, variant="adagrad_norm")), 1),
     "LightSAM-Adagrad": (lambda p: of(LightSAM(p, variant="adagrad")), 3),
     "LightSAM-Adam": (lambda p: of(LightSAM(p)), 5),
+    "LightSAM-Adagrad, factored ascent": (lambda p: of(LightSAM(p, variant="adagrad", ascent_state="factored")), 2),
+    "LightSAM-Adam, factored ascent": (lambda p: of(LightSAM(p, ascent_state="factored")), 3.5),
     "SAM(AdamW)": (lambda p: of(SAM(p, "adamw")), 3),
     "pytorch_optimizer SAM(AdamW)": (_packaged, 3),
     "davda54 style SAM(AdamW)": (_two_step, 3),
@@ -142,7 +144,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
                     f"{one['trained'] / 4e6:.2f}M",
                     f"{one['bytes'] / 2**20:.0f}",
                     f"{of_trained:.2f}",
-                    str(expected),
+                    f"{expected:g}",
                     f"{of_trained - expected:+.2f}",
                 ]
             )

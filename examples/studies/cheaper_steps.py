@@ -45,8 +45,12 @@ MODES: dict[str, str] = {
     "along the last step's gradient": "gradient=previous",
     "ascent in bfloat16": "dtype=bfloat16",
     "no ascent of embeddings": "embeddings=false",
+    "ascent's state factored": "state=factored",
 }
-"""Options of the ascent by what they are called here."""
+"""Options of the ascent, without their ``ascent_``, by what they are called here."""
+
+OF_THE_METHOD = ("state",)
+"""Those that are options of LightSAM, in ``optim_args``, and not of every method's passes."""
 
 TOLERANCE = 1e-9
 
@@ -103,9 +107,11 @@ def runs_of(task: str, arguments: StudyArguments) -> dict[str, Run]:
         optim="adamw_torch_fused",
     )
     modes = {name: mode for name, mode in MODES.items() if mode in arguments.modes}
-    changed: dict[str, dict[str, Any]] = {
-        name: {"optim": METHOD, "rho": RHO, "cheaper": mode} for name, mode in modes.items()
-    }
+    changed: dict[str, dict[str, Any]] = {}
+    for name, mode in modes.items():
+        is_own = mode.partition("=")[0] in OF_THE_METHOD
+        option = {"optim_args": f"ascent_{mode}"} if is_own else {"cheaper": mode}
+        changed[name] = {"optim": METHOD, "rho": RHO, **option}
     return {BASELINE: base} | {name: Run(**{**base.settings(), **changes}) for name, changes in changed.items()}
 
 
@@ -120,7 +126,7 @@ def points(tasks: Sequence[str], arguments: StudyArguments) -> Iterator[dict[str
 def gradients(mode: str) -> float:
     """Return how many gradients a step takes, on average."""
     name, _, value = mode.partition("=")
-    costs = {"": 2.0, "dtype": 2.0, "embeddings": 2.0, "gradient": 1.0}
+    costs = {"": 2.0, "dtype": 2.0, "embeddings": 2.0, "state": 2.0, "gradient": 1.0}
     if name in costs:
         return costs[name]
     number = float(value)

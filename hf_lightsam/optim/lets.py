@@ -41,6 +41,7 @@ class LearnedRadiusSAM(SAM):
     """
 
     plan_class: ClassVar[type[GradientPlan]] = LearnedRadius
+    reads_saved_weights = True
     _copied: ClassVar[tuple[str, ...]] = (*SAM._copied, "rho_lr", "rho_update_steps", "hypergradient")
 
     def __init__(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UsageError
-from .rules import AdaGrad, AdaGradNorm, Adam, Rule
+from .rules import AdaGrad, AdaGradNorm, Adam, FactoredAdaGrad, FactoredAdam, Rule
 from .rules.base import Group
 from .sharpness_aware import RHO_SCALES, SharpnessAwareOptimizer
 from .validation import Params, check_betas, check_choice, check_kernels
 
 BETAS = (0.9, 0.999)
 VARIANTS: dict[str, type[Rule]] = {"adam": Adam, "adagrad": AdaGrad, "adagrad_norm": AdaGradNorm}
+FACTORED: dict[str, type[Rule]] = {"adam": FactoredAdam, "adagrad": FactoredAdaGrad}
+ASCENT_STATES = ("full", "factored")
 LEARNING_RATES = {"adam": 5e-5, "adagrad": 5e-4, "adagrad_norm": 5e-4}
 """Default learning rates by the form of the descent: a choice of this package, made on SST-2 and checked on STS-B, with
 a pretrained encoder and one seed (``docs/evidence/sensitivity.md``). Accumulators that never forget a gradient make
@@ -67,11 +69,15 @@ class LightSAM(SharpnessAwareOptimizer):
         rho_schedule: ``"constant"`` or ``"lr"``; beyond the paper, see
             :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. Default: ``"constant"``.
         adaptive_rho: Keep the perturbation shorter than the descent's steps; likewise. Default: False.
+        ascent_state: ``"full"``, or ``"factored"``: the ascent keeps second moments as means over the rows and over the
+            columns of a matrix, and first moments in bfloat16 (:class:`~hf_lightsam.optim.rules.FactoredAdam`); the
+            descent stays as it is. Of III it takes 1.5 copies of the weights away, of II one. Beyond the paper.
+            Default: ``"full"``.
         foreach: Use torch's multi-tensor kernels in both movements.
         fused: Use torch's fused kernels in both movements. Default, with both None: fused where the device has them.
 
     Memory beyond the weights and gradients: one copy of the perturbed weights, and state of 0 (I), 1 (II) or 2 (III)
-    copies for each movement. Cost: two gradients a step.
+    copies for each movement (of the ascent 0 and 0.5 with ``ascent_state="factored"``). Cost: two gradients a step.
 
     Raises:
         UsageError: For an option out of range, an unknown variant or scale, a parameter of another dtype, or an option
@@ -94,6 +100,7 @@ class LightSAM(SharpnessAwareOptimizer):
         descent: str | None = None,
         rho_schedule: str = "constant",
         adaptive_rho: bool = False,
+        ascent_state: str = "full",
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
@@ -115,12 +122,21 @@ class LightSAM(SharpnessAwareOptimizer):
                     raise UsageError(f"{name}={value!r}: an option of the form 'adam', which neither movement has")
         shared: dict[str, Any] = {"eps": eps, "foreach": foreach, "fused": fused}
         ascent_options = shared | (moments if ascent == "adam" else {})
+        ascent_rule = VARIANTS[ascent]
+        if check_choice("ascent_state", ascent_state, ASCENT_STATES) == "factored":
+            if ascent not in FACTORED:
+                raise UsageError(
+                    f"ascent_state={ascent_state!r}: the form {ascent!r} keeps one number for all weights; expected an "
+                    f"ascent of the form {' or '.join(FACTORED)}, or ascent_state='full'"
+                )
+            ascent_rule = FACTORED[ascent]
+            ascent_options |= {"fused": None, "foreach": None}  # of the descent alone
         descent_options = shared | (moments if descent == "adam" else {}) | {"weight_decay": weight_decay}
         if descent == "adagrad_norm":
             descent_options["lr_scale"] = "global" if to_the_letter else "coordinate"
 
         def make_ascent(groups: list[Group]) -> Rule:
-            return VARIANTS[ascent](groups, 0.0, maximize=True, **ascent_options)
+            return ascent_rule(groups, 0.0, maximize=True, **ascent_options)
 
         def make_descent(groups: list[Group]) -> Rule:
             return VARIANTS[descent](groups, rate, **descent_options)

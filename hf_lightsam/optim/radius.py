@@ -76,6 +76,7 @@ def shorten_(parameters: Sequence[Tensor], saved: Sequence[Tensor], longest: Ten
     share = torch.where(torch.isfinite(longest), share, torch.zeros_like(share))
     for weights, origin in zip(local(parameters), local(saved), strict=True):
         # From the origin on and in float32 at least: 1 - share, or a share in bfloat16, would lose what is small.
+        origin = origin.to(weights.device)  # where it is kept on the host
         wide = torch.promote_types(weights.dtype, torch.float32)
         factor = share.to(weights.device, wide)
         moved = torch.lerp(origin.to(wide), weights.to(wide), factor).to(weights.dtype)

@@ -15,7 +15,7 @@ from .adasam import AdaSAM
 from .asam import ASAM
 from .esam import ESAM
 from .lets import LETSASAM, LETSSAM
-from .lightsam import VARIANTS, LightSAM
+from .lightsam import ASCENT_STATES, VARIANTS, LightSAM
 from .monge_sam import MongeSAM
 from .msam import MSAM
 from .mup2 import SPLPSAM, MuP2SAM
@@ -62,6 +62,7 @@ _FLAG = Option(_boolean, "true or false")
 _RADIUS = {"rho": _NUMBER, "foreach": _FLAG, "fused": _FLAG}
 _CHANGING = {"rho_schedule": _choice(RHO_SCHEDULES), "adaptive_rho": _FLAG}
 _ADAPTIVE = {**_RADIUS, **_CHANGING, "rho_scale": _choice(RHO_SCALES), "eps": _NUMBER}
+_STATE = {"ascent_state": _choice(ASCENT_STATES)}
 _LEARNED = {"rho_lr": _NUMBER, "rho_update_steps": _COUNT, "hypergradient": _choice(HYPERGRADIENTS)}
 _REFRESH = {"update_steps": _COUNT, "update_epochs": _COUNT}
 _ROLES = Option(parse_roles, f"pattern:role pairs parted by ';', each role one of {', '.join(ROLES)}")
@@ -208,7 +209,7 @@ RECIPES: dict[str, Recipe] = {
             "lightsam_adam",
             LightSAM,
             "LightSAM-III: both movements are Adam's (the default)",
-            {**_ADAPTIVE, **_MOMENTS, "bias_correction": _FLAG},
+            {**_ADAPTIVE, **_MOMENTS, "bias_correction": _FLAG, **_STATE},
             {"variant": "adam"},
             paper="arXiv 2505.24399",
             copies="5",
@@ -217,7 +218,7 @@ RECIPES: dict[str, Recipe] = {
             "lightsam_adagrad",
             LightSAM,
             "LightSAM-II: both movements are AdaGrad's",
-            _ADAPTIVE,
+            {**_ADAPTIVE, **_STATE},
             {"variant": "adagrad"},
             paper="arXiv 2505.24399",
             copies="3",
@@ -241,6 +242,7 @@ RECIPES: dict[str, Recipe] = {
                 "bias_correction": _FLAG,
                 "ascent": _choice(tuple(VARIANTS)),
                 "descent": _choice(tuple(VARIANTS)),
+                **_STATE,
             },
             prepare=_prepare_lightsam,
             paper="arXiv 2505.24399",

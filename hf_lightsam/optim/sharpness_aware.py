@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
 from ..passes.cheaper_ascent import CheaperAscent
@@ -23,6 +24,10 @@ from .rules.base import Group
 from .validation import Params, check_choice, check_number, check_parameter
 
 RHO_SCALES = ("global", "coordinate")
+SAVED_WEIGHTS = ("device", "host")
+PINNED_FOR = ("cuda", "xpu")
+"""Types of devices for which memory of the host is pinned."""
+
 UNSUPPORTED = {
     "capturable": "a CUDA graph cannot hold the decision whether the weights are perturbed",
     "differentiable": "perturbing and restoring are not recorded by autograd",
@@ -30,8 +35,8 @@ UNSUPPORTED = {
 ASCENT_PREFIX = "ascent_"
 """Marks the ascent's tensors in :meth:`SharpnessAwareOptimizer.state_dict`."""
 
-FACTORED = {"row_var": -1, "col_var": -2, "exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
-"""State tensors, in torch's and Transformers' Adafactor, that have one dimension of the parameter summed up."""
+FACTORED = {"row_var": -1, "col_var": -2, "exp_avg_sq_row": -1, "exp_avg_sq_col": -2, "sum_row": -1, "sum_col": -2}
+"""State tensors (torch's and Transformers' Adafactor, ours) that have one dimension of the parameter summed up."""
 
 _perturbed_by: dict[int, weakref.ref[SharpnessAwareOptimizer]] = {}
 """Which optimizer has moved the parameter of an ``id``: a second one would restore or step from the wrong place."""
@@ -91,6 +96,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             device), None before the first.
         effective_rho: Radius of the last perturbation, of the first group that has one (scalar tensor); None where
             neither ``rho_schedule`` nor ``adaptive_rho`` makes it another than ``rho``.
+        saved_weights: Where the weights are kept while they are perturbed; see :meth:`keep_saved_weights`.
 
     Raises:
         UsageError: For an option out of range or not supported (``capturable``, ``differentiable``), or a parameter of
@@ -105,6 +111,9 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     plan_class: ClassVar[type[GradientPlan]] = TwoPass
     """The gradient plan that the method needs, in the Trainer and in the loop for Accelerate."""
 
+    reads_saved_weights: ClassVar[bool] = False
+    """Whether the method computes with the saved weights while the others are perturbed."""
+
     _copied: ClassVar[tuple[str, ...]] = (
         "ascent",
         "descent",
@@ -112,6 +121,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         "effective_rho",
         "rho_schedule",
         "adaptive_rho",
+        "saved_weights",
     )
     """Attributes that a pickle or a copy keeps; subclasses add theirs."""
 
@@ -130,6 +140,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._ready = False
         self.rho_schedule = check_choice("rho_schedule", rho_schedule, RHO_SCHEDULES)
         self.adaptive_rho = check_choice("adaptive_rho", adaptive_rho, (True, False))
+        self.saved_weights = "device"
         if self.has_changing_radius and self.plan_class is not TwoPass:
             raise UsageError(
                 f"rho_schedule={rho_schedule!r}, adaptive_rho={adaptive_rho!r}: {type(self).__name__} does not take "
@@ -180,6 +191,30 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         Args:
             model: The model, without wrappers; it may have parameters that the optimizer does not.
         """
+
+    def keep_saved_weights(self, where: str) -> None:
+        """Choose where the weights are kept while they are perturbed.
+
+        Args:
+            where: ``"device"``: beside them. ``"host"``: in pinned memory of the host, which takes one copy of the
+                weights off an accelerator and sends them there and back in each step; restoring stays exact. On CPUs
+                there is no difference.
+
+        Raises:
+            UsageError: For another value, or a method that computes with them (LETS).
+        """
+        self._refuse_while_perturbed("keep_saved_weights")
+        self.saved_weights = self.check_saved_weights(where)
+
+    @classmethod
+    def check_saved_weights(cls, where: str) -> str:
+        """Return ``where`` if :meth:`keep_saved_weights` takes it, or raise as it does."""
+        check_choice("saved_weights", where, SAVED_WEIGHTS)
+        if where == "host" and cls.reads_saved_weights:
+            raise UsageError(
+                f"saved_weights={where!r}: {cls.__name__} computes with them on the device; expected 'device'"
+            )
+        return where
 
     def make_plan(self, *, cheaper: CheaperAscent | None = None, **options: Any) -> GradientPlan:
         """Return a plan around this optimizer.
@@ -327,9 +362,19 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             group["params"] = main["params"]
 
     def _buffer(self, parameter: Tensor) -> Tensor:
-        buffer = self._buffers.get(parameter)
-        if buffer is None or any(getattr(buffer, a) != getattr(parameter, a) for a in ("shape", "dtype", "device")):
-            buffer = torch.empty_like(parameter, requires_grad=False, memory_format=torch.preserve_format)
+        buffer, is_on_host = self._buffers.get(parameter), self.saved_weights == "host"
+        device = torch.device("cpu") if is_on_host else parameter.device
+        kind = (parameter.shape, parameter.dtype, device)
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != kind:
+            if is_on_host and isinstance(parameter, DTensor):
+                raise UsageError(
+                    f"saved_weights='host': a parameter of shape {tuple(parameter.shape)} is sharded (DTensor); "
+                    "expected 'device', where each rank keeps its shards only"
+                )
+            options: dict[str, Any] = {"requires_grad": False, "memory_format": torch.preserve_format}
+            # Pinned: then neither way waits for the other side, and the stream keeps their order.
+            options["pin_memory"] = is_on_host and parameter.device.type in PINNED_FOR
+            buffer = torch.empty_like(parameter, device=device, **options)
             self._buffers[parameter] = buffer
         return buffer
 
@@ -392,7 +437,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         for parameter, saved in zip(self._perturbed, self._saved, strict=True):
             if parameter.element_size() < 4 and parameter.grad is not None:
                 weights, before, gradient = local([parameter, saved, parameter.grad])
-                is_moved_by = gradient != 0
+                is_moved_by, before = gradient != 0, before.to(weights.device)
                 counts.append(torch.stack([(is_moved_by & (weights == before)).sum(), is_moved_by.sum()]))
         if not counts:
             return None
@@ -615,7 +660,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
 
 def _state_shapes(name: str, parameter: Tensor) -> list[tuple[int, ...]]:
     """Return the shapes that a state tensor of a name may have, beside that of a scalar."""
-    shape = list(parameter.shape)
+    shape, name = list(parameter.shape), name.removeprefix(ASCENT_PREFIX)
     if name not in FACTORED or parameter.dim() < 2:
         return [tuple(shape)]
     summed = parameter.dim() + FACTORED[name]

@@ -47,7 +47,7 @@ those of classification are, and would clip the baseline's gradients otherwise t
 ``learning_rate``: one for all methods, where forms I and II of LightSAM have another default."""
 
 _CHEAPER = tuple(f"ascent_{each.name}" for each in dataclasses.fields(CheaperAscent))
-_RUN_FIELDS = ("replay_rng", "sync_ascent", "validation_fraction", *_CHEAPER)
+_RUN_FIELDS = ("replay_rng", "sync_ascent", "validation_fraction", "saved_weights", *_CHEAPER)
 """Fields of :class:`LightSAMTrainingArguments` that are no options of an optimizer."""
 
 _OPTIONS = tuple(
@@ -89,6 +89,7 @@ _WITHOUT_EFFECT = {
     *("enable_jit_checkpoint", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_in_order"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "do_train", "do_eval", "do_predict"),
+    *("saved_weights",),
 }
 """Training arguments that say nothing about what a model learns; a suite may be continued with others."""
 
@@ -215,6 +216,8 @@ class Request:
         dropped = {*_SUITE_FIELDS, *_OPTIONS, "optim", "optim_args"}
         if method.name not in RECIPES or not RECIPES[method.name].optimizer.plan_class.needs_validation:
             dropped.add("validation_fraction")  # the other methods refuse it
+        if method.name not in RECIPES or RECIPES[method.name].optimizer.reads_saved_weights:
+            dropped.add("saved_weights")
         possible = RECIPES[method.name].optimizer.plan_class.cheaper_options if method.name in RECIPES else ()
         dropped |= set(_CHEAPER) - {f"ascent_{name}" for name in possible}  # likewise
         values = {name: value for name, value in values.items() if name not in dropped}

@@ -11,6 +11,7 @@ from .adam import Adam
 from .adaptive_gradient import AdaptiveGradient
 from .amsgrad import AMSGrad
 from .base import Rule
+from .factored import FactoredAdaGrad, FactoredAdam
 from .layerwise_gradient import LayerwiseGradient
 from .masked_gradient import MaskedGradient
 from .monge_gradient import MongeGradient
@@ -22,6 +23,8 @@ __all__ = [
     "AdaGradNorm",
     "Adam",
     "AdaptiveGradient",
+    "FactoredAdaGrad",
+    "FactoredAdam",
     "LayerwiseGradient",
     "MaskedGradient",
     "MongeGradient",

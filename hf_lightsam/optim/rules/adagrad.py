@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class AdaGrad(Rule):
     the parameter): the accumulators.
     """
 
-    fused_devices = ("cpu", "cuda", "xpu")
+    fused_devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu")
     shared_options = ("eps",)
 
     def __init__(self, params: Params, lr: float, *, eps: float = 1e-8, **options: Any) -> None:

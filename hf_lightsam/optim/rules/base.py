@@ -61,6 +61,9 @@ class Rule(torch.optim.Optimizer, ABC):
     scale_on_device: ClassVar[bool] = False
     """Whether the length of the step is a tensor, known on the device only."""
 
+    skips_on_device: ClassVar[bool] = False
+    """Whether :meth:`_update` itself heeds ``kernels.found_inf``, without a fused kernel and without waiting."""
+
     def __init__(
         self,
         params: Params,
@@ -141,13 +144,14 @@ class Rule(torch.optim.Optimizer, ABC):
             self._use_fused(group, parameters) and all(map(same_layout, local(parameters), local_gradients(parameters)))
             for group, parameters in members
         ]
-        if skip is not None and not all(fused) and bool(skip):  # kernels that cannot skip on the device: one sync
+        heeds = [is_fused or self.skips_on_device for is_fused in fused]
+        if skip is not None and not all(heeds) and bool(skip):  # kernels that cannot skip on the device: one sync
             return
         self._prepare([p for _, parameters in members for p in parameters], grad_norm, skip)
-        for (group, parameters), is_fused in zip(members, fused, strict=True):
+        for (group, parameters), is_fused, heeds_skip in zip(members, fused, heeds, strict=True):
             foreach = not is_fused and group["foreach"] is not False
             weights = local(parameters)
-            found_inf = skip.to(weights[0].device, torch.float32) if skip is not None and is_fused else None
+            found_inf = skip.to(weights[0].device, torch.float32) if skip is not None and heeds_skip else None
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
             gradients = local_gradients(parameters)
