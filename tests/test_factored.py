@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_lightsam import LightSAM, UsageError
 from hf_lightsam.optim.rules import Adam, FactoredAdaGrad, FactoredAdam
-from hf_lightsam.optim.rules.base import Rule
+from hf_lightsam.optim.rules.base import Kernels, Rule
 from hf_lightsam.optim.rules.factored import BLOCK_BYTES
 
 SHAPES = [(5, 3), (4,), (2, 3, 4), ()]
@@ -107,16 +107,24 @@ def test_where_the_squares_are_a_product_it_is_adam() -> None:
     torch.testing.assert_close(one, other, rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("form", ["adam", "adagrad"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
-def test_a_bad_gradient_changes_nothing(form: str, bad: float) -> None:
+def test_a_bad_gradient_changes_nothing(form: str, bad: float, waits: bool) -> None:
     parameters = parameters_of()
     rule = make(form, parameters, form == "adam")
 
     def ascend(gradients: list[Tensor], norm: float) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        rule.ascend(rule.param_groups, torch.tensor(norm))
+        if waits:
+            rule.ascend(rule.param_groups, torch.tensor(norm))
+            return
+        with torch.no_grad():  # the flag is a tensor, and nobody looks at it
+            rule.make_state(rule.param_groups)
+            skip = torch.tensor(float(not (math.isfinite(norm) and norm > 0)))
+            (group,) = rule.param_groups
+            rule._update(group, parameters, list(parameters), gradients, Kernels(False, False, skip))
 
     bad_gradients = [torch.full_like(gradient, bad) for gradient in gradients_of(9)]
     ascend(bad_gradients, bad)  # before there is anything, too
@@ -125,6 +133,12 @@ def test_a_bad_gradient_changes_nothing(form: str, bad: float) -> None:
     ascend(bad_gradients, bad)
     for parameter, kept in zip(parameters, before[0], strict=True):
         assert torch.equal(parameter, kept)
+    reference = make(form, others := parameters_of(), form == "adam")
+    for parameter, gradient in zip(others, gradients_of(0), strict=True):
+        parameter.grad = gradient
+    reference.ascend(reference.param_groups, torch.tensor(1.0))
+    for parameter, other in zip(parameters, others, strict=True):
+        assert torch.equal(parameter, other), "nor anything before"
     for key, state in rule.state_dict()["state"].items():
         for name, value in state.items():
             if name != "step" or form == "adam":

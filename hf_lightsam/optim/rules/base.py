@@ -62,7 +62,7 @@ class Rule(torch.optim.Optimizer, ABC):
     """Whether the length of the step is a tensor, known on the device only."""
 
     skips_on_device: ClassVar[bool] = False
-    """Whether :meth:`_update` itself heeds ``kernels.found_inf``, without a fused kernel and without waiting."""
+    """Whether :meth:`_update` heeds ``kernels.found_inf`` without a fused kernel, where to ask would mean to wait."""
 
     def __init__(
         self,
@@ -144,7 +144,10 @@ class Rule(torch.optim.Optimizer, ABC):
             self._use_fused(group, parameters) and all(map(same_layout, local(parameters), local_gradients(parameters)))
             for group, parameters in members
         ]
-        heeds = [is_fused or self.skips_on_device for is_fused in fused]
+        heeds = [
+            is_fused or (self.skips_on_device and parameters[0].device.type != "cpu")
+            for (_, parameters), is_fused in zip(members, fused, strict=True)
+        ]
         if skip is not None and not all(heeds) and bool(skip):  # kernels that cannot skip on the device: one sync
             return
         self._prepare([p for _, parameters in members for p in parameters], grad_norm, skip)

@@ -91,16 +91,16 @@ class _Factored(Rule):
         skip = None if kernels.found_inf is None else kernels.found_inf.bool()
         sign = 1.0 if group["maximize"] else -1.0
         for parameter, weight, gradient in zip(parameters, weights, gradients, strict=True):
-            taken = 1.0 if skip is None else (~skip).to(gradient.dtype)
+            taken: Part = 1.0 if skip is None else (~skip).to(gradient.dtype)
             old, new = self._decay(group)
             # Of a gradient that is not taken: 1 and 0.
-            factors = self._take_up(parameter, gradient, skip, 1.0 - (1.0 - old) * taken, new * taken)
-            length = self._count(group, parameter, taken) * (sign * group["lr"]) * taken
+            row, *columns = self._take_up(parameter, gradient, skip, 1.0 - (1.0 - old) * taken, new * taken)
+            row.mul_(self._count(group, parameter, taken) * (sign * group["lr"]) * taken)
             for block in _blocks(parameter):
                 direction = self._direction(group, parameter, block, _masked(gradient[block], skip), taken)
-                for factor in factors:
-                    direction.mul_(factor if factor.shape[-2:-1] == (1,) else factor[block])
-                weight[block].add_(direction.mul_(length))
+                for column in columns:
+                    direction = direction.mul_(column)
+                weight[block].addcmul_(direction, row[block])
 
     def _decay(self, group: Group) -> tuple[float, float]:
         """Return what the moments keep of themselves, and what they take of the squares."""
@@ -111,7 +111,7 @@ class _Factored(Rule):
         return 1.0
 
     def _direction(self, group: Group, parameter: Tensor, block: Any, gradient: Tensor, taken: Part) -> Tensor:
-        """Take up part of a gradient where ``taken`` is 1, and return a tensor of its own, the step's numerator."""
+        """Take up part of a gradient where ``taken`` is 1; return the step's numerator, a tensor of its own."""
         raise NotImplementedError
 
 
@@ -188,8 +188,7 @@ class FactoredAdam(_Factored, Adam):
 
     def _direction(self, group: Group, parameter: Tensor, block: Any, gradient: Tensor, taken: Part) -> Tensor:
         kept, new = self.state[parameter]["exp_avg"][block], (1.0 - group["betas"][0]) * taken
-        momentum = kept.to(gradient.dtype)
-        momentum.mul_(1.0 - new).add_(gradient * new)
+        momentum = kept.to(gradient.dtype).lerp_(gradient, new)
         kept.copy_(momentum)
         return momentum
 
