@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -91,7 +93,9 @@ def test_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     for case in phases.cases(with_peers=True):
         assert any(line.startswith(f"| {case} |") for line in lines)
-    assert (tmp_path / "p" / "MiniLM-L6 LightSAM-Adam.json").is_file()
+    told = json.loads(gzip.decompress((tmp_path / "p" / "minilm-l6-lightsam-adam.json.gz").read_bytes()))
+    assert {"perturb", "restore", "step"} <= {event["name"] for event in told["traceEvents"]}
+    assert "host_name" not in told
 
 
 @pytest.mark.usefixtures("tiny")

@@ -114,12 +114,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"device": device.type, "hardware": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def trace_events(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
-    """Return the events of a profile, as its trace tells them."""
+def trace(profiler: torch.profiler.profile) -> dict[str, Any]:
+    """Return the trace of a profile, its events under ``traceEvents``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return list(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Phases, add, check_device, environment, read, trace_events
+from measure import Phases, add, check_device, environment, read, trace
 from phases import make_parameters, of
 from shapes import CONFIGS, check_models, shapes_of
 from torch import Tensor
@@ -112,7 +112,7 @@ def _peak_on_cuda(work: Callable[[], object]) -> int:
 def _peak_on_cpu(work: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    events = trace_events(profiler)
+    events = trace(profiler)["traceEvents"]
     changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
     return max(itertools.accumulate(event["args"]["Bytes"] for event in changes))
 

@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import gzip
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Phases, Timing, add, check_device, environment, interleaved, ratio, read
+from measure import Phases, Timing, add, check_device, environment, interleaved, ratio, read, trace
 from shapes import CONFIGS, Shapes, check_models, shapes_of
 from torch import Tensor
 from transformers import HfArgumentParser
@@ -174,21 +177,27 @@ def measure(arguments: BenchmarkArguments, name: str) -> dict[str, Any]:
         turns.append({case: {phase: one.seconds for phase, one in phases.items()} for case, phases in timings.items()})
         if arguments.profile:
             for case in members[1:]:
-                profile(made[case], Path(arguments.profile) / f"{name} {case}.json")
+                profile(made[case], Path(arguments.profile) / f"{slug(f'{name} {case}')}.json.gz")
         del parameters, made
         gc.collect()
     settings = {"model": name, "dtype": arguments.dtype, "allocator": arguments.allocator, **environment(device)}
     return {**settings, "title": shapes.title, "weights": shapes.weights, "turns": turns}
 
 
+def slug(name: str) -> str:
+    """Return a name as one of a file: ``LightSAM-Adam, factored`` is ``lightsam-adam-factored``."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def profile(phases: Phases, path: Path) -> None:
-    """Save a trace of one repetition, for chrome://tracing or Perfetto."""
+    """Save a trace of one repetition, for chrome://tracing or Perfetto, without the name of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(profile_memory=True) as profiler:
         for phase, work in phases:
             with torch.profiler.record_function(phase):
                 work()
-    profiler.export_chrome_trace(str(path))
+    told = {name: value for name, value in trace(profiler).items() if name != "host_name"}
+    path.write_bytes(gzip.compress(json.dumps(told, separators=(",", ":")).encode(), mtime=0))
 
 
 def lines_of(result: Mapping[str, Any]) -> list[list[str]]:

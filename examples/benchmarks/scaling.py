@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import Timing, add, environment, read, trace_events
+from measure import Timing, add, environment, read, trace
 from training_step import make_model, make_rows
 from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -96,7 +96,7 @@ class Meter(TrainerCallback):
     def figures(self) -> dict[str, Any]:
         """Return ``seconds`` of the timed steps and ``bytes`` of a step."""
         seconds = [later - earlier for earlier, later in itertools.pairwise(self._marks[WARM_UP - 1 :])]
-        return {"seconds": seconds, "bytes": sum(map(handed_over, trace_events(self.profiler))) / PROFILED}
+        return {"seconds": seconds, "bytes": sum(map(handed_over, trace(self.profiler)["traceEvents"])) / PROFILED}
 
 
 def handed_over(event: dict[str, Any]) -> int:
