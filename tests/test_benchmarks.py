@@ -173,6 +173,7 @@ def test_scaling_over_two_processes(tmp_path: Path) -> None:
         ("phases", ["--dtype", "float16"], "dtype='float16'"),
         ("phases", ["--allocator", "mine"], "allocator='mine'"),
         ("phases", ["--repetitions", "0"], "repetitions=0"),
+        ("phases", ["--graph"], "graph=True: device='cpu'"),
         ("phases", ["--memory", "0"], "memory=0.0"),
         ("memory", ["--device", "tpu"], "device='tpu'"),
         ("phases", ["--device", "tpu"], "device='tpu': expected cpu"),
@@ -206,7 +207,8 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     import phases
     import training_step
 
-    phases.main(["--models", "MiniLM-L6", "--device", "cuda", "--repetitions", "2", "--results", str(tmp_path / "p")])
+    flags = ["--models", "MiniLM-L6", "--device", "cuda", "--repetitions", "2", "--graph", "--no_peers"]
+    phases.main([*flags, "--results", str(tmp_path / "p")])
     training_step.main(["--device", "cuda", "--bf16", "--repetitions", "2", "--results", str(tmp_path / "t")])
     found = memory.measure("MiniLM-L6", "cuda")["peaks"]
     assert found["LightSAM-Adam"]["bytes"] >= 5 * found["LightSAM-Adam"]["trained"]

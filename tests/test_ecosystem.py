@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hf_lightsam import (
     optimizer_cls_and_kwargs,
 )
 from hf_lightsam.loop import SharpnessAwareLoop
+from hf_lightsam.optim import AdaSAM
 from hf_lightsam.passes import count_items
 
 # ---- TRL ------------------------------------------------------------------------------------------------------------
@@ -236,14 +238,54 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("option", ["capturable", "differentiable"])
-def test_capturable_and_differentiable_are_refused(option: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "told"), [("capturable", "is on the CPU"), ("differentiable", "not supported")], ids=str
+)
+def test_capturable_on_a_cpu_and_differentiable_are_refused(option: str, told: str) -> None:
     parameter = torch.ones(2, requires_grad=True)
-    with pytest.raises(UsageError, match=f"{option}=True: not supported"):
+    with pytest.raises(UsageError, match=f"{option}=True: .*{told}"):
         SAM([parameter], lr=0.1, **{option: True})
     for make in MAKERS.values():
-        with pytest.raises(UsageError, match=f"{option}=True: not supported"):
+        with pytest.raises(UsageError, match=f"{option}=True: .*{told}"):
             make([{"params": [parameter], option: True}])
+
+
+TENSOR_RATES = {
+    **{form: functools.partial(LightSAM, variant=form) for form in ("adam", "adagrad", "adagrad_norm")},
+    "factored": functools.partial(LightSAM, ascent_state="factored"),
+    "adasam": AdaSAM,
+    "sam": SAM,
+}
+
+
+@pytest.mark.parametrize("kernels", [{}, {"foreach": True}, {"foreach": False}], ids=["fused", "foreach", "single"])
+@pytest.mark.parametrize("name", TENSOR_RATES)
+def test_a_learning_rate_may_be_a_tensor_that_a_scheduler_writes_to(name: str, kernels: dict[str, bool]) -> None:
+    if name == "sam" and kernels.get("foreach"):
+        kernels = {}  # torch's AdamW: "lr as a Tensor is not supported for capturable=False and foreach=True"
+    ends = []
+    for rate in (0.01, torch.tensor(0.01)):
+        weight = torch.linspace(-1, 1, 12).reshape(3, 4).requires_grad_()
+        optimizer = TENSOR_RATES[name]([weight], lr=rate, weight_decay=0.1, **kernels)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+        for _ in range(3):
+            weight.grad = weight.detach() + 0.5
+            with optimizer.perturbed():
+                weight.grad = weight.detach() + 0.5
+            optimizer.step()
+            scheduler.step()
+        ends.append(weight.detach())
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01 / 8)
+    assert optimizer.param_groups[0]["lr"] is rate, "the same tensor"
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"), [(torch.ones(2), r"a tensor of shape \(2,\)"), (torch.tensor(-1.0), "lr=-1.0")], ids=str
+)
+def test_bad_tensors_for_a_learning_rate(rate: torch.Tensor, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        LightSAM([torch.ones(2, requires_grad=True)], lr=rate)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)

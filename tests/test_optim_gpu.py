@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lightsam.optim import SAM, LightSAM, SharpnessAwareOptimizer
+from hf_lightsam.optim import SAM, AdaSAM, LightSAM, SharpnessAwareOptimizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,6 +117,54 @@ def test_perturb_and_step_do_not_wait_for_the_device(make: Callable[..., Sharpne
         with optimizer.perturbed():
             optimizer.perturbation_norm()
         optimizer.step()
+
+
+GRAPHED: dict[str, Callable[..., SharpnessAwareOptimizer]] = {
+    **{
+        variant: lambda params, lr, variant=variant: LightSAM(params, lr=lr, variant=variant)
+        for variant in ("adam", "adagrad", "adagrad_norm")
+    },
+    "factored": lambda params, lr: LightSAM(params, lr=lr, ascent_state="factored"),
+    "AdaSAM": lambda params, lr: AdaSAM(params, lr=lr),
+    "SAM(AdamW)": lambda params, lr: SAM(params, "adamw", lr=lr, capturable=True),
+}
+
+
+@pytest.mark.parametrize("make", GRAPHED.values(), ids=GRAPHED)
+def test_a_whole_step_in_a_graph(make: Callable[..., SharpnessAwareOptimizer]) -> None:
+    """Both gradients, the perturbation and the step are captured once; the learning rate changes between replays."""
+    inputs = torch.randn(16, 32, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+
+    def step(model: nn.Module, optimizer: SharpnessAwareOptimizer) -> None:
+        model(inputs).square().mean().backward()
+        with optimizer.perturbed():
+            torch._foreach_zero_([parameter.grad for parameter in model.parameters()])
+            model(inputs).square().mean().backward()
+        optimizer.step()
+        torch._foreach_zero_([parameter.grad for parameter in model.parameters()])
+
+    ends = []
+    for is_graphed in (False, True):
+        model, rate = make_model(), torch.tensor(1e-3, device="cuda")
+        optimizer = make(model.parameters(), rate)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # makes gradients, state and copies
+            for _ in range(3):
+                step(model, optimizer)
+        torch.cuda.current_stream().wait_stream(stream)
+        go: Callable[[], Any] = lambda model=model, optimizer=optimizer: step(model, optimizer)  # noqa: E731
+        if is_graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step(model, optimizer)
+            go = graph.replay
+        for number in range(5):
+            rate.fill_(1e-3 / (number + 1))
+            go()
+        ends.append(flat(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(ends[1], flat(make_model()))
 
 
 def test_state_moves_with_a_checkpoint_from_the_cpu() -> None:

@@ -42,6 +42,8 @@ RESULTS = Path(__file__).parent / "results" / "phases.json"
 COPY = "copy of the weights"
 OURS = "LightSAM-Adam"
 
+GRAPHED = ", in a graph"
+
 PEER_PASSES = 1 + 3 + 7
 """Of SAM over AdamW, whoever wrote it."""
 
@@ -62,6 +64,7 @@ class BenchmarkArguments:
     )
     allocator: str = field(default="default", metadata={"help": "default, or reuse (glibc keeps what is freed)."})
     peers: bool = field(default=True, metadata={"help": "Measure other people's SAM too (needs pytorch-optimizer)."})
+    graph: bool = field(default=False, metadata={"help": "LightSAM's phases as a CUDA graph, too (device=cuda)."})
     profile: str | None = field(default=None, metadata={"help": "Folder for a profile of each case (torch.profiler)."})
     results: str = field(default=str(RESULTS), metadata={"help": "JSON file; runs of the same kind are replaced."})
     table: bool = field(default=False, metadata={"help": "Print the results that are there; measure nothing."})
@@ -74,6 +77,8 @@ class BenchmarkArguments:
             raise UsageError(f"allocator={self.allocator!r}: expected default or reuse")
         if self.repetitions < 1:
             raise UsageError(f"repetitions={self.repetitions!r}: expected at least 1")
+        if self.graph and torch.device(self.device).type != "cuda":
+            raise UsageError(f"graph=True: device={self.device!r} has no CUDA graphs; expected device=cuda")
         if not self.memory > 0:
             raise UsageError(f"memory={self.memory!r}: expected GiB, a number above 0")
 
@@ -173,6 +178,8 @@ def measure(arguments: BenchmarkArguments, name: str) -> dict[str, Any]:
     for members in groups(found, budget / shapes.weights - 2):
         parameters = make_parameters(shapes, device, dtype)
         made = {case: found[case].make(parameters) for case in members}
+        if arguments.graph:
+            made |= {f"{case}{GRAPHED}": graphed(made[case]) for case in members if case.startswith("LightSAM")}
         timings = interleaved(made, arguments.repetitions, device)
         turns.append({case: {phase: one.seconds for phase, one in phases.items()} for case, phases in timings.items()})
         if arguments.profile:
@@ -182,6 +189,22 @@ def measure(arguments: BenchmarkArguments, name: str) -> dict[str, Any]:
         gc.collect()
     settings = {"model": name, "dtype": arguments.dtype, "allocator": arguments.allocator, **environment(device)}
     return {**settings, "title": shapes.title, "weights": shapes.weights, "turns": turns}
+
+
+def graphed(phases: Phases) -> Phases:
+    """Return all phases as one, captured in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # makes the state
+        for _ in range(3):
+            for _, work in phases:
+                work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _, work in phases:
+            work()
+    return [("step", graph.replay)]
 
 
 def slug(name: str) -> str:
@@ -211,7 +234,8 @@ def lines_of(result: Mapping[str, Any]) -> list[list[str]]:
             whole = functools.reduce(Timing.__add__, phases.values())
             if case == COPY and lines:
                 continue
-            passes = found[case].passes if case in found else PEER_PASSES
+            of_case = case.removesuffix(GRAPHED)
+            passes = found[of_case].passes if of_case in found else PEER_PASSES
             low, high = whole.quartiles
             cells = [
                 case,

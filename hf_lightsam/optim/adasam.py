@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+from torch import Tensor
+
 from .rules import AMSGrad
 from .sam import SAM
 from .validation import Params, check_betas, check_number
@@ -48,7 +50,7 @@ class AdaSAM(SAM):
     def __init__(
         self,
         params: Params,
-        lr: float = 5e-5,
+        lr: float | Tensor = 5e-5,
         rho: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import UsageError
 from .rules import AdaGrad, AdaGradNorm, Adam, FactoredAdaGrad, FactoredAdam, Rule
 from .rules.base import Group
@@ -55,7 +57,8 @@ class LightSAM(SharpnessAwareOptimizer):
     Args:
         params: Parameters or parameter groups; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. A group may
             have its own ``lr``, ``rho``, ``weight_decay``, ``betas``, ``eps``.
-        lr: Learning rate, at least 0. Default: 5e-5 where the descent has the form ``"adam"``, else 5e-4.
+        lr: Learning rate, at least 0; for CUDA graphs a tensor of one number on the device. Default: 5e-5 where the
+            descent has the form ``"adam"``, else 5e-4.
         rho: Radius of the perturbation, at least 0; with 0 no perturbation is made. Default: 0.05.
         variant: ``"adam"`` (III), ``"adagrad"`` (II) or ``"adagrad_norm"`` (I). Default: ``"adam"``.
         betas: Decay rates of the moments of III, of each movement that has this form, each in [0, 1). Default: (0.9,
@@ -87,7 +90,7 @@ class LightSAM(SharpnessAwareOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float | None = None,
+        lr: float | Tensor | None = None,
         rho: float = 0.05,
         variant: str = "adam",
         betas: tuple[float, float] = BETAS,

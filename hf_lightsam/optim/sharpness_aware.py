@@ -28,10 +28,6 @@ SAVED_WEIGHTS = ("device", "host")
 PINNED_FOR = ("cuda", "xpu")
 """Types of devices for which memory of the host is pinned."""
 
-UNSUPPORTED = {
-    "capturable": "a CUDA graph cannot hold the decision whether the weights are perturbed",
-    "differentiable": "perturbing and restoring are not recorded by autograd",
-}
 ASCENT_PREFIX = "ascent_"
 """Marks the ascent's tensors in :meth:`SharpnessAwareOptimizer.state_dict`."""
 
@@ -71,6 +67,9 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     - Restoring subtracts nothing: exact in any dtype. Saved weights are copied back, or, on CPUs, the perturbation is
       made in the copy, and the weights' own storage is never written. The copy is allocated once.
     - Weight decay belongs to the descent step, at the restored weights.
+    - With fused kernels nothing here waits for an accelerator, and a step as a whole (both gradients, ``perturbed()``,
+      ``step()``) can be captured in a CUDA graph once a step or two have made the state. Numbers in the groups are
+      constants of the graph, but for a ``lr`` that is a tensor there; torch's own descents need ``capturable=True``.
 
     Args:
         params: Parameters (float32, bfloat16 or float64) or parameter groups, which may have their own ``rho`` and
@@ -99,8 +98,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         saved_weights: Where the weights are kept while they are perturbed; see :meth:`keep_saved_weights`.
 
     Raises:
-        UsageError: For an option out of range or not supported (``capturable``, ``differentiable``), or a parameter of
-            another dtype.
+        UsageError: For an option out of range or not supported (``differentiable``; ``capturable`` on CPUs), or a
+            parameter of another dtype.
     """
 
     ascent: Rule
@@ -257,11 +256,18 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: Group) -> None:
         check_number("rho", group["rho"])
         check_choice("rho_scale", group["rho_scale"], RHO_SCALES)
-        for option, reason in UNSUPPORTED.items():
-            if group.get(option):
-                raise UsageError(f"{option}={group[option]!r}: not supported, as {reason}; expected False")
+        if group.get("differentiable"):
+            raise UsageError(
+                "differentiable=True: not supported, as perturbing and restoring are not recorded by autograd; "
+                "expected False"
+            )
         for parameter in group["params"]:
             check_parameter(parameter)
+            if group.get("capturable") and parameter.device.type == "cpu":
+                raise UsageError(
+                    f"capturable=True: a parameter of shape {tuple(parameter.shape)} is on the CPU; expected all on an "
+                    "accelerator, where there are graphs to be captured in"
+                )
 
     # ---- The ascent -------------------------------------------------------------------------------------------
 

@@ -24,6 +24,16 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     return value
 
 
+def check_rate(name: str, value: Any) -> float | torch.Tensor:
+    """Return ``value`` if it is a number as for :func:`check_number`, or a tensor of one, as torch's ``lr`` may be."""
+    if not isinstance(value, torch.Tensor):
+        return check_number(name, value)
+    if value.numel() != 1:
+        raise UsageError(f"{name}: a tensor of shape {tuple(value.shape)}; expected a number, or a tensor of one")
+    check_number(name, value.item())
+    return value
+
+
 def check_count(name: str, value: Any) -> int:
     """Return ``value`` if it is a whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -35,7 +35,7 @@ class AdaGrad(Rule):
     fused_devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "xpu")
     shared_options = ("eps",)
 
-    def __init__(self, params: Params, lr: float, *, eps: float = 1e-8, **options: Any) -> None:
+    def __init__(self, params: Params, lr: float | Tensor, *, eps: float = 1e-8, **options: Any) -> None:
         super().__init__(params, lr, eps=eps, **options)
 
     def _check_group(self, group: Group) -> None:

@@ -42,7 +42,7 @@ class AdaGradNorm(Rule):
     shared_options = ("eps",)
 
     def __init__(
-        self, params: Params, lr: float, *, eps: float = 1e-8, lr_scale: str = "global", **options: Any
+        self, params: Params, lr: float | Tensor, *, eps: float = 1e-8, lr_scale: str = "global", **options: Any
     ) -> None:
         super().__init__(params, lr, eps=eps, lr_scale=lr_scale, **options)
 

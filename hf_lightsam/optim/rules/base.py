@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ...tensors import check_gradient, local, total_norm
-from ..validation import Params, check_kernels, check_number, check_parameter
+from ..validation import Params, check_kernels, check_number, check_parameter, check_rate
 
 Group = dict[str, Any]
 
@@ -35,7 +35,8 @@ class Rule(torch.optim.Optimizer, ABC):
     Args:
         params: Parameters or parameter groups, as for any torch optimizer. Floating dtype of at least 16 bits with the
             exponent of float32 (float32, float64, bfloat16).
-        lr: Step size; for an ascent, the radius. At least 0.
+        lr: Step size; for an ascent, the radius. At least 0. A tensor of one number is read by fused kernels on its
+            device, so that a CUDA graph sees it change; the others wait for its value.
         weight_decay: Decoupled weight decay: parameters are multiplied by ``1 - lr * weight_decay`` first.
         maximize: Move against the sign of a descent: with it the rule climbs.
         foreach: Use torch's multi-tensor kernels.
@@ -67,7 +68,7 @@ class Rule(torch.optim.Optimizer, ABC):
     def __init__(
         self,
         params: Params,
-        lr: float,
+        lr: float | Tensor,
         *,
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -98,7 +99,7 @@ class Rule(torch.optim.Optimizer, ABC):
             raise
 
     def _check_group(self, group: Group) -> None:
-        check_number("lr", group["lr"])
+        check_rate("lr", group["lr"])
         check_number("weight_decay", group["weight_decay"])
         check_kernels(group["foreach"], group["fused"])
 
@@ -155,6 +156,8 @@ class Rule(torch.optim.Optimizer, ABC):
             foreach = not is_fused and group["foreach"] is not False
             weights = local(parameters)
             found_inf = skip.to(weights[0].device, torch.float32) if skip is not None and heeds_skip else None
+            if isinstance(group["lr"], Tensor) and not heeds_skip and not is_fused:
+                group = {**group, "lr": group["lr"].item()}
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
             gradients = local_gradients(parameters)
