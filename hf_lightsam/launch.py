@@ -93,11 +93,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UsageError as error:  # of ours, wherever in the script: bad options are told in a line, too
         with report_usage_errors(PROGRAM):
             raise error from None
-    finally:
-        if _has_process_group() and not had_group:
-            # Its Trainer made the group, and few scripts destroy theirs: its threads may abort a rank that exits
-            # ("terminate called without an active exception"), and then the launcher calls the whole run failed.
-            distributed.destroy_process_group()
+    except SystemExit as stop:
+        if not stop.code:
+            _destroy_process_group(had_group)
+        raise
+    _destroy_process_group(had_group)
+
+
+def _destroy_process_group(had_group: bool) -> None:
+    """Destroy the group that a script's Trainer has made: few scripts do.
+
+    Its threads may abort a rank that exits ("terminate called without an active exception"), and then the launcher
+    calls the whole run failed. Not after an error: where other ranks wait for this one, NCCL might wait for them.
+    """
+    if _has_process_group() and not had_group:
+        distributed.destroy_process_group()
 
 
 def _has_process_group() -> bool:

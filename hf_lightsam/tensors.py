@@ -68,12 +68,16 @@ def _sharded_norms(tensors: Sequence[DTensor]) -> list[Tensor]:
     return [_over_shards(total_norm(local(members)), layout) for layout, members in layouts.items()]
 
 
-def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor], non_blocking: bool = False) -> None:
     """Copy each source into its target: exact, one kernel per device and dtype.
 
-    Between an accelerator and pinned memory of the host nobody waits: what comes later in the stream sees it.
+    Args:
+        targets: Where to.
+        sources: Where from, same shapes.
+        non_blocking: Between an accelerator and pinned memory of the host nobody waits: what comes later in the stream
+            sees the copy, and the host does not yet.
     """
-    torch._foreach_copy_(local(targets), local(sources), non_blocking=True)
+    torch._foreach_copy_(local(targets), local(sources), non_blocking=non_blocking)
 
 
 def can_leave_storage(parameters: Sequence[Tensor], copies: Sequence[Tensor], everyone: Sequence[Tensor]) -> list[bool]:

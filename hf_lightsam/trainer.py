@@ -10,8 +10,9 @@ Trainer's own, and while it does them the weights are always the unperturbed one
 
 Private to transformers, and used nowhere else but in ``trainer_window.py``: ``_save_rng_state`` (called on every rank
 while a checkpoint is written), ``_tr_loss``, ``_globalstep_last_logged`` and ``_total_loss_scalar`` (the loss not
-logged yet, which a checkpoint of the Trainer's own leaves out), ``_get_num_items_in_batch``, ``_train_batch_size`` and
-``_get_collator_with_removed_columns`` (micro-batches of validation rows as those of training rows).
+logged yet, which a checkpoint of the Trainer's own leaves out), ``_get_num_items_in_batch``, ``_train_batch_size``,
+``_get_collator_with_removed_columns`` (micro-batches of validation rows as those of training rows), and
+``_get_train_sampler`` (whose order by length is each rank's own).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_pt_utils import LengthGroupedSampler, nested_gather
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
@@ -30,6 +31,7 @@ from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xl
 from .callbacks import LostPerturbationWarning, NonFiniteGradientWarning, StuckLossWarning
 from .checkpoints import check_output_dir, find_checkpoint, load_rank_state, save_rank_state
 from .errors import UsageError
+from .length_sampler import SeededLengthGroupedSampler
 from .model_card.trainer_card import extend_card, keeping_the_model
 from .optim import SharpnessAwareOptimizer
 from .optim.recipes import get_recipe
@@ -164,7 +166,7 @@ class SharpnessAwareMixin(_Base):
                 self.is_distributed_loading_by_transformers
             ),
             "FSDP under saved_weights='host', where each rank has its shards only": (
-                self.is_fsdp_enabled and getattr(self.args, "saved_weights", "device") == "host"
+                self.is_fsdp_enabled and getattr(self.args, "saved_weights", None) == "host"
             ),
             "FSDP under sync_ascent=False, where no rank has a whole gradient of its own": (
                 self.is_fsdp_enabled and not getattr(self.args, "sync_ascent", True)
@@ -228,6 +230,20 @@ class SharpnessAwareMixin(_Base):
                 f"ascent_dtype={cheaper.dtype!r}: {mixed}=True has both passes in low precision; expected None"
             )
 
+    # ---- Training rows -----------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the Trainer's own sampler (read from transformers 5.24), by length with random numbers of its own."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthGroupedSampler(sampler.batch_size, sampler.lengths, seed, self._epoch_that_begins)
+
+    def _epoch_that_begins(self) -> int:
+        # A whole number where an epoch begins; resumed within one, it has a fraction.
+        return int((self.state.epoch or 0.0) + 1e-6)
+
     # ---- Validation rows ----------------------------------------------------------------------------------------
 
     def _find_validation_rows(self, dataset: Any) -> ValidationRows | None:
@@ -289,7 +305,7 @@ class SharpnessAwareMixin(_Base):
             optimizer.forget_ascents_without_a_step()  # of a batch that auto_find_batch_size has made smaller since
             model = self.accelerator.unwrap_model(self._module())
             optimizer.bind(model)
-            optimizer.keep_saved_weights(getattr(self.args, "saved_weights", optimizer.saved_weights))
+            optimizer.keep_saved_weights(getattr(self.args, "saved_weights", None) or optimizer.saved_weights)
             options = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
             self._plan = optimizer.make_plan(**options, cheaper=CheaperAscent.from_arguments(self.args))
             self._plan.bind(model)

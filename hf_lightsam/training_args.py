@@ -134,7 +134,7 @@ class LightSAMTrainingArguments(TrainingArguments):
         saved_weights: Where the weights are kept while they are perturbed: ``"device"``, or ``"host"``, which takes one
             copy of them off the GPU and sends it there and back in each step
             (:meth:`~hf_lightsam.optim.SharpnessAwareOptimizer.keep_saved_weights`). Not with FSDP, nor ``lets_*``.
-            Default: ``"device"``.
+            Default: ``"device"``, or as an optimizer that the trainer is given has it.
 
     Raises:
         UsageError: At construction, for an option that is out of range, does not parse (``optim_args``), is given
@@ -311,8 +311,8 @@ class LightSAMTrainingArguments(TrainingArguments):
     ascent_embeddings: bool = field(
         default=True, metadata={"help": "Whether the ascent has gradients for embeddings, and so perturbs them."}
     )
-    saved_weights: Literal["device", "host"] = field(
-        default="device",
+    saved_weights: Literal["device", "host"] | None = field(
+        default=None,
         metadata={
             "help": "Where the weights are kept while they are perturbed. host: in the host's memory, which takes a "
             "copy of them off the GPU and sends it there and back in each step."
@@ -328,7 +328,7 @@ class LightSAMTrainingArguments(TrainingArguments):
         if is_registered(self.optim):
             recipe, _ = optimizer_arguments(self)
             recipe.optimizer.plan_class.check_cheaper(cheaper)
-            recipe.optimizer.check_saved_weights(self.saved_weights)
+            recipe.optimizer.check_saved_weights(self.saved_weights or "device")
             if self.validation_fraction is not None and not recipe.optimizer.plan_class.needs_validation:
                 raise UsageError(
                     f"validation_fraction={self.validation_fraction!r}: optim={recipe.name!r} learns on no rows kept "
@@ -337,7 +337,7 @@ class LightSAMTrainingArguments(TrainingArguments):
         else:
             given = [name for name in (*_FIELDS, "validation_fraction") if getattr(self, name) is not None]
             given += [f"ascent_{name}" for name in cheaper.changed]
-            given += ["saved_weights"] * (self.saved_weights != "device")
+            given += ["saved_weights"] * (self.saved_weights is not None)
             if given:
                 raise UsageError(
                     f"{given[0]}={getattr(self, given[0])!r}: not an option of "

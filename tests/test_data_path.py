@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, make_args, make_bert, make_rows
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoTokenizer, CanineTokenizer, DataCollatorWithPadding
+from transformers.trainer_utils import PredictionOutput
 
 from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
 from hf_lightsam.glue import preprocess
 from hf_lightsam.glue.arguments import TextTrainingArguments
-from hf_lightsam.glue.by_length import lengths, longest_first, padding_share, predict_in_order
+from hf_lightsam.glue.by_length import for_evaluation, lengths, longest_first, padding_share, predict_in_order
 from hf_lightsam.glue.finetuning import build_trainer, evaluate, predict
 from hf_lightsam.glue.instructions import Instruction, encode
 from hf_lightsam.glue.tasks import get_task
 from hf_lightsam.glue.token_cache import KEPT_FROM, cache_options, tokenizer_digest
+from hf_lightsam.length_sampler import SeededLengthGroupedSampler
 
 COLA = get_task("cola")
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -140,6 +142,66 @@ def test_the_examples_group_by_length_unless_told_otherwise(tmp_path: Path) -> N
         assert parser.parse_args_into_dataclasses([*line, *more])[2].train_sampling_strategy == expected
 
 
+def test_no_rows_and_other_rows(tokens: datasets.Dataset) -> None:
+    empty = datasets.Dataset.from_dict({"input_ids": []})
+    assert lengths(empty).tolist() == []
+    assert len(longest_first(empty)[0]) == 0
+    rows = make_rows(3)
+    assert for_evaluation(rows) is rows
+    assert for_evaluation(None) is None
+    assert for_evaluation(tokens)["idx"][:] == longest_first(tokens)[0]["idx"][:]
+
+
+def test_several_predictions_a_row_are_put_back_too(
+    tmp_path: Path, tokenizer: Any, tokens: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, tokenizer, tokens)
+
+    def predict_all(rows: datasets.Dataset, metric_key_prefix: str) -> PredictionOutput:
+        found = np.asarray(rows["idx"][:])
+        return PredictionOutput((found, {"twice": 2 * found}), found, {})
+
+    monkeypatch.setattr(trainer, "predict", predict_all)
+    output = predict_in_order(trainer, tokens, "test")
+    assert output.predictions[0].tolist() == output.label_ids.tolist() == list(range(75))
+    assert output.predictions[1]["twice"].tolist() == list(range(0, 150, 2))
+
+
+def test_an_epoch_s_order_by_length_is_that_of_seed_and_number() -> None:
+    """Ranks agree, whatever each has drawn meanwhile."""
+    several = list(range(1, 200))
+
+    def order(seed: int, epoch: int, drawn: int) -> list[int]:
+        torch.manual_seed(drawn)
+        return list(SeededLengthGroupedSampler(8, several, seed, lambda: epoch))
+
+    assert order(0, 1, 3) == order(0, 1, 4)
+    assert sorted(order(0, 1, 3)) == list(range(199))
+    assert order(0, 1, 3) != order(0, 2, 3)
+    assert order(0, 1, 3) != order(5, 1, 3)
+
+
+@pytest.mark.parametrize("optim", ["lightsam_adam", "adamw_torch"])
+def test_a_run_by_length_resumes_within_an_epoch_to_the_same_bits(
+    tmp_path: Path, tokenizer: Any, tokens: datasets.Dataset, optim: str
+) -> None:
+    options: dict[str, Any] = {"optim": optim, "train_sampling_strategy": "group_by_length"}
+    options |= {"per_device_train_batch_size": 5, "max_steps": 40, "save_strategy": "steps", "save_steps": 22}
+    ends, seen = [], []
+    for resume in (None, str(tmp_path / "out" / "checkpoint-22")):
+        trainer = make_trainer(tmp_path, tokenizer, tokens, **options)
+        batches: list[list[int]] = []
+        trainer.model.register_forward_pre_hook(
+            lambda module, args, kwargs, batches=batches: batches.append(kwargs["input_ids"].flatten().tolist()),
+            with_kwargs=True,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append(trainer.model.state_dict())
+        seen.append(batches)
+    assert seen[0][-18:] == seen[1][-18:]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
 # ---- Tokens are made once --------------------------------------------------------------------------------------------
 
 
@@ -215,6 +277,30 @@ def test_the_key_is_what_decides_the_tokens(cache: Path, tokenizer: Any, model_d
     assert cache_options(rows, fresh, 12) != key
     other = AutoTokenizer.from_pretrained(model_dir, truncation_side="left")
     assert cache_options(rows, other, 12) != key
+
+
+def test_roles_of_tokens_are_in_the_key(model_dir: Path) -> None:
+    """An answer ends with the token of the role, which the backend does not know."""
+    one, other = (AutoTokenizer.from_pretrained(model_dir, eos_token=token) for token in ("[SEP]", "[CLS]"))
+    assert tokenizer_digest(one) != tokenizer_digest(other)
+    split = AutoTokenizer.from_pretrained(model_dir, split_special_tokens=True)
+    assert tokenizer_digest(split) != tokenizer_digest(AutoTokenizer.from_pretrained(model_dir))
+
+
+def test_of_a_tokenizer_that_is_not_known_in_full_nothing_is_kept(cache: Path, tmp_path: Path) -> None:
+    tokenizer = CanineTokenizer()
+    assert tokenizer_digest(tokenizer) is None
+    preprocess(datasets.DatasetDict(train=texts(KEPT_FROM)), COLA, tokenizer)
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    cache: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.parent.write_text("no folder")
+    rows = preprocess(datasets.DatasetDict(train=texts(KEPT_FROM)), COLA, tokenizer)["train"]
+    assert len(rows) == KEPT_FROM
+    assert "Tokenized rows are not kept" in caplog.text
 
 
 # ---- Batches are moved once ------------------------------------------------------------------------------------------

@@ -238,16 +238,23 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("option", "told"), [("capturable", "is on the CPU"), ("differentiable", "not supported")], ids=str
-)
-def test_capturable_on_a_cpu_and_differentiable_are_refused(option: str, told: str) -> None:
+def test_differentiable_is_refused() -> None:
     parameter = torch.ones(2, requires_grad=True)
-    with pytest.raises(UsageError, match=f"{option}=True: .*{told}"):
-        SAM([parameter], lr=0.1, **{option: True})
+    with pytest.raises(UsageError, match="differentiable=True: not supported"):
+        SAM([parameter], lr=0.1, differentiable=True)
     for make in MAKERS.values():
-        with pytest.raises(UsageError, match=f"{option}=True: .*{told}"):
-            make([{"params": [parameter], option: True}])
+        with pytest.raises(UsageError, match="differentiable=True: not supported"):
+            make([{"params": [parameter], "differentiable": True}])
+
+
+def test_capturable_is_refused_where_weights_are_perturbed_on_a_cpu() -> None:
+    """Not before: who uses Accelerate makes the optimizer first, and then the model moves."""
+    parameter = torch.ones(2, requires_grad=True)
+    optimizer = SAM([parameter], lr=0.1, capturable=True)
+    parameter.grad = torch.ones(2)
+    with pytest.raises(UsageError, match=r"capturable=True: a parameter of shape \(2,\) is on the CPU"):
+        optimizer.perturb()
+    assert not optimizer.is_perturbed
 
 
 TENSOR_RATES = {
@@ -281,7 +288,7 @@ def test_a_learning_rate_may_be_a_tensor_that_a_scheduler_writes_to(name: str, k
 
 
 @pytest.mark.parametrize(
-    ("rate", "told"), [(torch.ones(2), r"a tensor of shape \(2,\)"), (torch.tensor(-1.0), "lr=-1.0")], ids=str
+    ("rate", "told"), [(torch.ones(1), r"a tensor of shape \(1,\)"), (torch.tensor(-1.0), "lr=-1.0")], ids=str
 )
 def test_bad_tensors_for_a_learning_rate(rate: torch.Tensor, told: str) -> None:
     with pytest.raises(UsageError, match=told):

@@ -18,7 +18,8 @@ from hf_lightsam.optim.rules import Adam, FactoredAdaGrad, FactoredAdam
 from hf_lightsam.optim.rules.base import Kernels, Rule
 from hf_lightsam.optim.rules.factored import BLOCK_BYTES
 
-SHAPES = [(5, 3), (4,), (2, 3, 4), ()]
+SHAPES = [(7, 5), (4,), (2, 6, 4), (), (3, 2, 3)]
+"""The last is too small to be factored."""
 EPS, BETAS = 1e-3, (0.8, 0.95)
 
 
@@ -33,7 +34,8 @@ class Reference:
     """One tensor's ascent, in float64 NumPy."""
 
     def __init__(self, form: str, shape: tuple[int, ...], bias_correction: bool) -> None:
-        self.form, self.is_matrix, self.corrects = form, len(shape) > 1, bias_correction
+        self.form, self.corrects = form, bias_correction
+        self.is_matrix = shape in ((7, 5), (2, 6, 4))
         self.rows = np.full((*shape[:-1], 1), EPS**2) if self.is_matrix else np.full(shape, EPS**2)
         self.columns = np.full((*shape[:-2], 1, shape[-1]), EPS**2) if self.is_matrix else None
         self.m, self.t = np.zeros(shape), 0
@@ -146,18 +148,22 @@ def test_a_bad_gradient_changes_nothing(form: str, bad: float, waits: bool) -> N
 
 
 def test_a_row_that_never_sees_a_gradient_stays() -> None:
-    weight = torch.ones(3, 2, requires_grad=True)
+    weight = torch.ones(6, 8, requires_grad=True)
     rule = FactoredAdam([weight], 0.1, betas=(0.5, 0.5))
     for _ in range(300):  # second moments of the row underflow
-        weight.grad = torch.tensor([[1.0, 2.0], [0.0, 0.0], [1.0, 1.0]])
+        weight.grad = torch.arange(1.0, 49.0).reshape(6, 8)
+        weight.grad[1] = 0.0
         rule.step()
-    assert torch.equal(weight[1], torch.ones(2))
+    assert torch.equal(weight[1], torch.ones(8))
     assert torch.isfinite(weight).all()
 
 
+@pytest.mark.parametrize("shape", [(256, 512), (64, 3, 16, 16), (64, 32, 3, 3)], ids=str)
 @pytest.mark.parametrize(("variant", "copies"), [("adam", 1 + 0.5 + 2), ("adagrad", 1 + 0 + 1)])
-def test_the_state_is_as_small_as_is_said(variant: str, copies: float) -> None:
-    weight = torch.zeros(256, 512, requires_grad=True)
+def test_the_state_is_as_small_as_is_said(variant: str, copies: float, shape: tuple[int, ...]) -> None:
+    """Kernels of a convolution that are all but rows and columns keep their second moments, and are no larger."""
+    copies += {(64, 3, 16, 16): 2 / 16, (64, 32, 3, 3): 1}.get(shape, 0)
+    weight = torch.zeros(shape, requires_grad=True)
     optimizer = LightSAM([weight], variant=variant, ascent_state="factored")
     weight.grad = torch.ones_like(weight)
     with optimizer.perturbed():
@@ -192,7 +198,8 @@ def test_a_checkpoint_of_the_other_state_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"ascent_state": "tiny"}, r"ascent_state='tiny': expected full or factored|ascent_state='tiny'"),
+        ({"ascent_state": "tiny"}, "ascent_state='tiny': expected one of 'full', 'factored'"),
+        ({"ascent_state": "factored", "betas": (0.999, 0.999)}, "expected the first at most 0.99"),
         ({"ascent_state": "factored", "variant": "adagrad_norm"}, "ascent_state='factored': the form 'adagrad_norm'"),
     ],
 )
@@ -201,18 +208,38 @@ def test_bad_input(options: dict[str, Any], told: str) -> None:
         LightSAM([torch.zeros(2, 2, requires_grad=True)], **options)
 
 
+def test_shards_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = distribute_tensor(torch.ones(6, 8), mesh, [Replicate()]).requires_grad_()
+        weight.grad = distribute_tensor(torch.ones(6, 8), mesh, [Replicate()])
+        with pytest.raises(UsageError, match=r"ascent_state='factored': a parameter of shape \(6, 8\) is sharded"):
+            LightSAM([weight], ascent_state="factored").perturb()
+        optimizer = LightSAM([weight])
+        optimizer.keep_saved_weights("host")
+        with pytest.raises(UsageError, match=r"saved_weights='host': a parameter of shape \(6, 8\) is sharded"):
+            optimizer.perturb()
+        assert not optimizer.is_perturbed
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_few_bits_are_refused() -> None:
     with pytest.raises(UsageError, match=r"shape \(2, 2\) is torch.bfloat16; expected float32 or float64"):
         LightSAM([torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True)], ascent_state="factored")
 
 
 def test_another_form_may_descend_with_fused_kernels() -> None:
-    weight = torch.ones(3, 2, requires_grad=True)
+    weight = torch.ones(6, 8, requires_grad=True)
     weight.grad = torch.ones_like(weight)
     optimizer = LightSAM([weight], ascent="adam", descent="adagrad", ascent_state="factored", fused=True)
     with optimizer.perturbed():
-        assert not torch.equal(weight, torch.ones(3, 2))
-    assert torch.equal(weight, torch.ones(3, 2))
+        assert not torch.equal(weight, torch.ones(6, 8))
+    assert torch.equal(weight, torch.ones(6, 8))
     optimizer.step()
     assert (weight < 1).all()
 

@@ -109,6 +109,22 @@ def test_a_group_that_the_script_leaves_is_destroyed(tmp_path: Path) -> None:
     assert not torch.distributed.is_initialized()
 
 
+def test_after_an_error_the_group_is_left(tmp_path: Path) -> None:
+    """Other ranks may wait for this one, and this one would wait for them."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from torch import distributed as d\n"
+        "d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)\n"
+        "1 / 0\n"
+    )
+    try:
+        with pytest.raises(ZeroDivisionError):
+            cli(["run", str(script)])
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_scripts_import_under_the_swap() -> None:
     with swapped():
         from transformers import Trainer, TrainingArguments

@@ -274,3 +274,38 @@ def test_pieces_and_ranks_change_nothing(tmp_path: Path) -> None:
         assert radii == pytest.approx(ours[8][1], rel=1e-4), name
         for key, tensor in ours[8][0].items():
             torch.testing.assert_close(state[key], tensor, rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
+
+
+def test_the_last_step_s_length_is_one_tensor() -> None:
+    """A CUDA graph reads and writes the one that it has captured."""
+    weight = torch.ones(4, requires_grad=True)
+    optimizer = SAM([weight], "sgd", lr=0.1, rho=10.0, adaptive_rho=True)
+    noted = []
+    for _ in range(3):
+        weight.grad = weight.detach().clone()
+        with optimizer.perturbed():
+            weight.grad = weight.detach().clone()
+        optimizer.step()
+        noted.append((optimizer.param_groups[0]["last_step"], float(optimizer.param_groups[0]["last_step"])))
+    assert len({id(tensor) for tensor, _ in noted}) == 1
+    assert len({value for _, value in noted}) == 3
+
+
+def test_the_radius_follows_a_learning_rate_that_is_a_tensor() -> None:
+    ends = []
+    for rate in (0.1, torch.tensor(0.1)):
+        weight = torch.linspace(-1, 1, 6).requires_grad_()
+        optimizer = LightSAM([weight], lr=rate, rho=0.5, rho_schedule="lr")
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=4)
+        lengths = []
+        for _ in range(4):
+            weight.grad = weight.detach().clone()
+            with optimizer.perturbed():
+                lengths.append(float(optimizer.perturbation_norm()))
+                weight.grad = weight.detach().clone()
+            optimizer.step()
+            scheduler.step()
+        ends.append((weight.detach(), lengths, float(optimizer.effective_rho)))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-7)
+    assert ends[1][1] == pytest.approx(ends[0][1], rel=1e-5)
+    assert ends[1][2] == pytest.approx(ends[0][2], rel=1e-5)

@@ -82,6 +82,16 @@ def test_the_trainer_hands_it_to_the_optimizer(tmp_path: Path) -> None:
         assert copy.deepcopy(optimizer).saved_weights == where
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(None, "host"), ("device", "device")], ids=str)
+def test_an_optimizer_of_ones_own_keeps_its_choice(tmp_path: Path, asked: str | None, expected: str) -> None:
+    model = make_bert()
+    optimizer = LightSAM(model.parameters())
+    optimizer.keep_saved_weights("host")
+    args = make_args(tmp_path, saved_weights=asked, max_steps=1)
+    LightSAMTrainer(model, args, train_dataset=make_rows(), optimizers=(optimizer, None)).train()
+    assert optimizer.saved_weights == expected
+
+
 def test_in_the_loop() -> None:
     model = torch.nn.Linear(2, 1)
     optimizer = SAM(model.parameters(), "sgd", lr=0.1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers.trainer_utils import PredictionOutput
 
 def lengths(rows: datasets.Dataset) -> np.ndarray:
     """Return how many tokens each row has: integers of shape ``(rows,)``, read from Arrow without a loop in Python."""
+    if not len(rows):  # whose columns may have no type
+        return np.zeros(0, dtype=np.int64)
     tokens = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
     return np.asarray(pc.list_value_length(tokens), dtype=np.int64)
 
@@ -30,6 +32,12 @@ def longest_first(rows: datasets.Dataset) -> tuple[datasets.Dataset, np.ndarray]
     """
     order = np.argsort(-lengths(rows), kind="stable")
     return rows.select(order), order
+
+
+def for_evaluation(rows: Any) -> Any:
+    """Return rows, or None, as a Trainer is to evaluate them: tokenized ones the longest first, others as they are."""
+    is_tokenized = isinstance(rows, datasets.Dataset) and "input_ids" in rows.column_names
+    return longest_first(rows)[0] if is_tokenized else rows
 
 
 def padding_share(rows: datasets.Dataset, batch_size: int) -> float:
@@ -50,6 +58,9 @@ def predict_in_order(trainer: Trainer, rows: datasets.Dataset, prefix: str) -> P
         trainer: Whose model predicts.
         rows: Tokenized.
         prefix: ``metric_key_prefix`` of the Trainer's method.
+
+    Returns:
+        As of ``Trainer.predict``; several predictions a row are in a tuple, or in a dict by name.
     """
     by_length, order = longest_first(rows)
     with in_given_order(trainer):
@@ -57,8 +68,10 @@ def predict_in_order(trainer: Trainer, rows: datasets.Dataset, prefix: str) -> P
     back = np.argsort(order)
 
     def put_back(values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {name: put_back(value) for name, value in values.items()}
         if isinstance(values, (tuple, list)):
-            return type(values)(map(put_back, values))
+            return tuple(map(put_back, values))
         return values if values is None else values[back]
 
     return PredictionOutput(put_back(output.predictions), put_back(output.label_ids), output.metrics)

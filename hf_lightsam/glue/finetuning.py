@@ -24,7 +24,7 @@ from ..trainer import LightSAMTrainer
 from ..training_args import LightSAMTrainingArguments
 from .answers import answers
 from .arguments import ModelArguments
-from .by_length import in_given_order, longest_first, predict_in_order
+from .by_length import for_evaluation, in_given_order, longest_first, predict_in_order
 from .metrics import METRICS, make_compute_metrics
 from .tasks import TextTask
 
@@ -125,7 +125,8 @@ def build_trainer(
         task: The task.
         args: The Trainer's arguments.
         train: Tokenized rows (:func:`~hf_lightsam.glue.preprocess`) to train on.
-        evaluation: Tokenized rows to evaluate on while training; the Trainer gets them sorted by length.
+        evaluation: Tokenized rows to evaluate on while training; the Trainer gets them sorted by length (which with
+            ``group_by_length`` it groups once more).
         pad_to: Tokens that every row is padded to. None: each batch to its longest row.
 
     Raises:
@@ -144,7 +145,7 @@ def build_trainer(
         model,
         args,
         train_dataset=train,
-        eval_dataset=None if evaluation is None else longest_first(evaluation)[0],
+        eval_dataset=for_evaluation(evaluation),
         processing_class=tokenizer,
         data_collator=collator,
         compute_metrics=make_compute_metrics(task),

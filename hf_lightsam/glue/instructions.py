@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..trainer import LightSAMTrainer
 from ..training_args import LightSAMTrainingArguments
 from .arguments import ModelArguments
-from .by_length import longest_first
+from .by_length import for_evaluation
 from .finetuning import hub_options
 from .metrics import make_compute_metrics
 from .tasks import GlueTask, TextTask
@@ -241,7 +241,7 @@ def encode(
                 remove_columns=[*task.text_columns, *(["label"] if split == "train" else [])],
                 num_proc=num_proc,
                 desc="tokenizing",
-                **cache_options(part, tokenizer, "instructions", instruction, task.text_columns, max_length, split),
+                **cache_options(part, tokenizer, "instructions", instruction, answers, task.text_columns, room, split),
             )
             for split, part in rows.items()
         }
@@ -446,7 +446,7 @@ def build_instruction_trainer(
         model,
         args,
         train_dataset=train,
-        eval_dataset=None if evaluation is None else longest_first(evaluation)[0],
+        eval_dataset=for_evaluation(evaluation),
         processing_class=tokenizer,
         data_collator=AnswerCollator(tokenizer.pad_token_id or 0),
         compute_metrics=make_compute_metrics(task),

@@ -57,7 +57,7 @@ class LightSAM(SharpnessAwareOptimizer):
     Args:
         params: Parameters or parameter groups; see :class:`~hf_lightsam.optim.SharpnessAwareOptimizer`. A group may
             have its own ``lr``, ``rho``, ``weight_decay``, ``betas``, ``eps``.
-        lr: Learning rate, at least 0; for CUDA graphs a tensor of one number on the device. Default: 5e-5 where the
+        lr: Learning rate, at least 0; for CUDA graphs a scalar tensor on the device. Default: 5e-5 where the
             descent has the form ``"adam"``, else 5e-4.
         rho: Radius of the perturbation, at least 0; with 0 no perturbation is made. Default: 0.05.
         variant: ``"adam"`` (III), ``"adagrad"`` (II) or ``"adagrad_norm"`` (I). Default: ``"adam"``.

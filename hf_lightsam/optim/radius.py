@@ -29,14 +29,20 @@ LAST_STEP = "last_step"
 """Option of the parameter groups that carries the length of the last step: a tensor, so that nothing waits for it."""
 
 
-def schedule_factor(group: Group) -> float:
+def schedule_factor(group: Group) -> float | Tensor:
     """Return what the learning rate's schedule has made of it: the present one over that at the start, at most 1.
 
     Args:
         group: Of the optimizer; most of torch's schedulers leave ``initial_lr`` in it, and without one the factor is 1.
             (``OneCycleLR`` and ``CyclicLR`` leave their lowest rate there, ``ReduceLROnPlateau`` leaves none.)
+
+    Returns:
+        A number; where the learning rate is a tensor, a scalar tensor, for which nothing waits.
     """
     initial = group.get("initial_lr", 0.0)
+    if isinstance(group["lr"], Tensor):
+        initial = torch.as_tensor(initial, dtype=group["lr"].dtype, device=group["lr"].device)
+        return torch.where(initial > 0, group["lr"] / initial, 1.0).clamp(max=1.0)
     return min(1.0, float(group["lr"] / initial)) if initial > 0 else 1.0
 
 
@@ -56,7 +62,11 @@ def note_step(groups: Sequence[Group], parameters: Sequence[Tensor], before: Seq
     """
     length = difference_norm(parameters, before)
     for group in groups:
-        group[LAST_STEP] = length
+        noted = group.get(LAST_STEP)
+        if isinstance(noted, Tensor) and (noted.device, noted.dtype) == (length.device, length.dtype):
+            noted.copy_(length)  # the same tensor in each step, which a CUDA graph would have kept
+        else:
+            group[LAST_STEP] = length.clone()
 
 
 def shorten_(parameters: Sequence[Tensor], saved: Sequence[Tensor], longest: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     - Weight decay belongs to the descent step, at the restored weights.
     - With fused kernels nothing here waits for an accelerator, and a step as a whole (both gradients, ``perturbed()``,
       ``step()``) can be captured in a CUDA graph once a step or two have made the state. Numbers in the groups are
-      constants of the graph, but for a ``lr`` that is a tensor there; torch's own descents need ``capturable=True``.
+      constants of the graph, but for a ``lr`` that is a tensor there; torch's own descents need ``capturable=True``
+      (refused by :meth:`perturb` on CPUs). Not with :meth:`keep_saved_weights` on the host.
 
     Args:
         params: Parameters (float32, bfloat16 or float64) or parameter groups, which may have their own ``rho`` and
@@ -98,8 +99,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         saved_weights: Where the weights are kept while they are perturbed; see :meth:`keep_saved_weights`.
 
     Raises:
-        UsageError: For an option out of range or not supported (``differentiable``; ``capturable`` on CPUs), or a
-            parameter of another dtype.
+        UsageError: For an option out of range or not supported (``differentiable``), or a parameter of another
+            dtype.
     """
 
     ascent: Rule
@@ -263,11 +264,6 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             )
         for parameter in group["params"]:
             check_parameter(parameter)
-            if group.get("capturable") and parameter.device.type == "cpu":
-                raise UsageError(
-                    f"capturable=True: a parameter of shape {tuple(parameter.shape)} is on the CPU; expected all on an "
-                    "accelerator, where there are graphs to be captured in"
-                )
 
     # ---- The ascent -------------------------------------------------------------------------------------------
 
@@ -305,6 +301,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             check_gradient(parameter)
+        self._refuse_capturable_on_cpus()
         self._refuse_what_another_has_perturbed("perturb")
         self._ascended = True
         if not parameters:
@@ -323,6 +320,15 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             self.restore()
             raise
 
+    def _refuse_capturable_on_cpus(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"] if group.get("capturable") else ():
+                if parameter.device.type == "cpu":
+                    raise UsageError(
+                        f"capturable=True: a parameter of shape {tuple(parameter.shape)} is on the CPU; expected all "
+                        "on an accelerator, where there are graphs to be captured in"
+                    )
+
     def _adapt_rho(self) -> None:
         """Shorten the perturbation to what the last step allows, and note the radius; without the options nothing."""
         if not self.has_changing_radius:
@@ -338,7 +344,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     def _hold(self, parameters: list[Tensor]) -> None:
         """Save parameters that are about to be moved, or have them move in the place of their copies."""
         buffers = [self._buffer(p) for p in parameters]
-        copy_(buffers, parameters)
+        copy_(buffers, parameters, self._is_pinned(parameters))
         everyone = [p for group in self.param_groups for p in group["params"]]
         can_leave = [not self.adaptive_rho and can for can in can_leave_storage(parameters, buffers, everyone)]
         self._saved = [
@@ -384,6 +390,10 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             self._buffers[parameter] = buffer
         return buffer
 
+    def _is_pinned(self, parameters: list[Tensor]) -> bool:
+        """Whether the parameters' copies lie in pinned memory of the host."""
+        return self.saved_weights == "host" and all(p.device.type in PINNED_FOR for p in parameters)
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back as they were before :meth:`perturb`, bit for bit. Does nothing when they are there."""
@@ -396,7 +406,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         if len(self._away) < len(self._perturbed):
             away = set(self._away)
             stayed = [index for index in range(len(self._perturbed)) if index not in away]
-            copy_([self._perturbed[index] for index in stayed], [self._saved[index] for index in stayed])
+            targets = [self._perturbed[index] for index in stayed]
+            copy_(targets, [self._saved[index] for index in stayed], self._is_pinned(targets))
         for parameter in self._perturbed:
             _perturbed_by.pop(id(parameter), None)
         self._perturbed, self._saved, self._away = [], [], []

@@ -25,11 +25,11 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> float:
 
 
 def check_rate(name: str, value: Any) -> float | torch.Tensor:
-    """Return ``value`` if it is a number as for :func:`check_number`, or a tensor of one, as torch's ``lr`` may be."""
+    """Return ``value`` if it is a number as for :func:`check_number`, or a scalar tensor of one."""
     if not isinstance(value, torch.Tensor):
         return check_number(name, value)
-    if value.numel() != 1:
-        raise UsageError(f"{name}: a tensor of shape {tuple(value.shape)}; expected a number, or a tensor of one")
+    if value.dim() != 0:
+        raise UsageError(f"{name}: a tensor of shape {tuple(value.shape)}; expected a number, or a scalar tensor")
     check_number(name, value.item())
     return value
 

@@ -35,7 +35,7 @@ class Rule(torch.optim.Optimizer, ABC):
     Args:
         params: Parameters or parameter groups, as for any torch optimizer. Floating dtype of at least 16 bits with the
             exponent of float32 (float32, float64, bfloat16).
-        lr: Step size; for an ascent, the radius. At least 0. A tensor of one number is read by fused kernels on its
+        lr: Step size; for an ascent, the radius. At least 0. A scalar tensor is read by fused kernels on its
             device, so that a CUDA graph sees it change; the others wait for its value.
         weight_decay: Decoupled weight decay: parameters are multiplied by ``1 - lr * weight_decay`` first.
         maximize: Move against the sign of a descent: with it the rule climbs.

@@ -23,6 +23,9 @@ BLOCK_BYTES = {"cpu": 1 << 20}
 
 ACCELERATOR_BLOCK_BYTES = 1 << 26
 
+LARGEST_BETA1 = 0.99
+"""A share of less than 1 % of a gradient would begin to drown in the rounding of a bfloat16, at 0.2 to 0.4 %."""
+
 Part = Tensor | float
 """1 or 0 or in between: a number, or a scalar tensor where it is known on the device only."""
 
@@ -40,6 +43,12 @@ class _Factored(Rule):
         super()._check_group(group)
         if group["fused"]:
             raise UsageError("fused=True: there is no fused kernel for a factored state; expected None or False")
+        beta1 = group.get("betas", (0.0,))[0]
+        if beta1 > LARGEST_BETA1:
+            raise UsageError(
+                f"betas={group['betas']!r}: ascent_state='factored' keeps first moments in bfloat16, which would not "
+                f"take up such small shares of a gradient; expected the first at most {LARGEST_BETA1}"
+            )
         for parameter in group["params"]:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise UsageError(
@@ -55,8 +64,8 @@ class _Factored(Rule):
             )
         state, start = self.state[parameter], group["eps"] ** 2
         options: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
-        if parameter.dim() < 2:
-            state[self.second] = torch.full(parameter.shape, start, **options)
+        if not _is_factored(parameter):
+            state[self.second] = torch.full_like(parameter, start, memory_format=torch.preserve_format)
             return
         *batch, rows, columns = parameter.shape
         state[f"{self.second}_row"] = torch.full((*batch, rows, 1), start, **options)
@@ -65,7 +74,7 @@ class _Factored(Rule):
     def _take_up(self, parameter: Tensor, gradient: Tensor, skip: Tensor | None, old: Part, new: Part) -> list[Tensor]:
         """Make the moments ``old * moments + new * squares``; return the factors of their inverse square root."""
         state = self.state[parameter]
-        if parameter.dim() < 2:
+        if not _is_factored(parameter):
             moments = state[self.second]
             moments.mul_(old).add_(_masked(gradient, skip).square() * new)
             return [moments.clamp(min=SMALLEST).rsqrt_()]
@@ -120,6 +129,14 @@ def _masked(gradient: Tensor, skip: Tensor | None) -> Tensor:
     return gradient if skip is None else gradient.masked_fill(skip, 0.0)
 
 
+def _is_factored(parameter: Tensor) -> bool:
+    """Whether rows and columns of a tensor (its last two dimensions) are at most half as many as its elements."""
+    if parameter.dim() < 2:
+        return False
+    rows, columns = parameter.shape[-2:]
+    return 2 * (rows + columns) <= rows * columns
+
+
 def _blocks(parameter: Tensor) -> Iterator[Any]:
     """Yield indices of parts of a tensor, rows of a matrix, that are so small that temporaries do not count."""
     if parameter.dim() != 2:
@@ -143,11 +160,12 @@ class FactoredAdam(_Factored, Adam):
         u_t = r_t c_t / \operatorname{mean}(r_t)
 
     First moments are kept in bfloat16, computed with in the parameter's dtype. Of tensors with more than two
-    dimensions the last two are rows and columns; vectors keep their second moments in full.
+    dimensions the last two are rows and columns. Vectors keep their second moments in full, and so do tensors of
+    which rows and columns would be more than half as many (the kernels of small convolutions).
 
     Args:
         params: As of :class:`~hf_lightsam.optim.rules.Adam`, float32 or float64, not sharded.
-        lr: Likewise.
+        lr: Likewise. So are ``betas``, of which the first is at most 0.99.
         **options: Likewise; ``fused`` is refused.
 
     State of each parameter: ``step`` (scalar, float32, on its device), ``exp_avg`` (its shape, bfloat16),

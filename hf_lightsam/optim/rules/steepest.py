@@ -21,7 +21,7 @@ def scaled_gradient_(
         maximize: Move up.
         kernels: Which implementation, and whether it may skip.
     """
-    scale = scale.to(weights[0].device).squeeze()
+    scale = scale.to(weights[0].device)
     if kernels.fused and scale.device.type != "cpu":
         scale = scale.to(torch.float32)  # the dtype in which accelerators' fused kernels read a learning rate
     sgd(
