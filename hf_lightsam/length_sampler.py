@@ -28,5 +28,6 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         """Yield the rows of an epoch."""
+        torch.randperm(len(self.lengths))  # what Transformers' takes: dropout's numbers are those of a plain Trainer
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))

@@ -101,6 +101,11 @@ class SharpnessAwareMixin(_Base):
             that another purpose has. In ``train``, for a checkpoint that is not complete, or of another optimizer.
     """
 
+    seeds_length_groups: bool | None = None
+    """Whether ``train_sampling_strategy="group_by_length"`` orders the rows by seed and epoch alone
+    (:class:`~hf_lightsam.length_sampler.SeededLengthGroupedSampler`), so that ranks agree and a run resumes. Default:
+    with the family's optimizers; others have the Trainer's own order."""
+
     def __init__(self, *args: Any, validation_dataset: Any = None, **kwargs: Any) -> None:
         self._plan: GradientPlan | None = None
         self._window: TrainerWindow | None = None
@@ -233,9 +238,10 @@ class SharpnessAwareMixin(_Base):
     # ---- Training rows -----------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the Trainer's own sampler (read from transformers 5.24), by length with random numbers of its own."""
+        """Return the Trainer's own sampler (read from transformers 5.24), by length perhaps ordered by the seed."""
         sampler = super()._get_train_sampler(train_dataset)
-        if type(sampler) is not LengthGroupedSampler:
+        is_seeded = self.is_sharpness_aware if self.seeds_length_groups is None else self.seeds_length_groups
+        if not is_seeded or type(sampler) is not LengthGroupedSampler:
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededLengthGroupedSampler(sampler.batch_size, sampler.lengths, seed, self._epoch_that_begins)

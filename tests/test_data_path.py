@@ -181,6 +181,18 @@ def test_an_epoch_s_order_by_length_is_that_of_seed_and_number() -> None:
     assert order(0, 1, 3) != order(5, 1, 3)
 
 
+def test_a_plain_optimizer_has_the_trainer_s_own_order_unless_it_is_to_be_compared(
+    tmp_path: Path, tokenizer: Any, tokens: datasets.Dataset
+) -> None:
+    kinds = []
+    for optim in ("adamw_torch", "lightsam_adam"):
+        args = make_args(tmp_path, optim=optim, train_sampling_strategy="group_by_length")
+        own = LightSAMTrainer(make_bert(), args, train_dataset=tokens, processing_class=tokenizer)
+        for trainer in (own, build_trainer(make_bert(), tokenizer, COLA, args, tokens)):
+            kinds.append(type(trainer.get_train_dataloader().batch_sampler.sampler).__name__)
+    assert kinds == ["LengthGroupedSampler", *["SeededLengthGroupedSampler"] * 3]
+
+
 @pytest.mark.parametrize("optim", ["lightsam_adam", "adamw_torch"])
 def test_a_run_by_length_resumes_within_an_epoch_to_the_same_bits(
     tmp_path: Path, tokenizer: Any, tokens: datasets.Dataset, optim: str

@@ -233,6 +233,7 @@ def make_trainer(run: Run, rows: Rows, model: PreTrainedModel) -> LightSAMTraine
         processing_class=tokenizer(),
         compute_metrics=make_compute_metrics(rows.task),
     )
+    trainer.seeds_length_groups = True  # all methods have the rows of a seed in one order
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if run.rho_warmup:

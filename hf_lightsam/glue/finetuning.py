@@ -141,7 +141,7 @@ def build_trainer(
         max_length=pad_to,
         pad_to_multiple_of=8 if args.fp16 and not pad_to else None,
     )
-    return LightSAMTrainer(
+    trainer = LightSAMTrainer(
         model,
         args,
         train_dataset=train,
@@ -150,6 +150,8 @@ def build_trainer(
         data_collator=collator,
         compute_metrics=make_compute_metrics(task),
     )
+    trainer.seeds_length_groups = True  # AdamW, too, is to have the rows in the order in which LightSAM has them
+    return trainer
 
 
 def pick_best_by_metric(args: TrainingArguments, task: TextTask, given: str | None = None) -> None:

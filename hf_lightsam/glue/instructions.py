@@ -442,7 +442,7 @@ def build_instruction_trainer(
         train: Rows from :func:`encode` to train on.
         evaluation: Rows from :func:`encode` to evaluate on while training.
     """
-    return InstructionTrainer(
+    trainer = InstructionTrainer(
         model,
         args,
         train_dataset=train,
@@ -453,3 +453,5 @@ def build_instruction_trainer(
         instruction=instruction,
         answers=answer_tokens(instruction, tokenizer),
     )
+    trainer.seeds_length_groups = True
+    return trainer
