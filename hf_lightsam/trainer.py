@@ -173,6 +173,11 @@ class SharpnessAwareMixin(_Base):
             "FSDP under saved_weights='host', where each rank has its shards only": (
                 self.is_fsdp_enabled and getattr(self.args, "saved_weights", None) == "host"
             ),
+            "FSDP under ascent_state='factored', where rows and columns lie on several ranks": (
+                self.is_fsdp_enabled
+                and is_registered(self.args.optim)
+                and optimizer_arguments(self.args)[1].get("ascent_state") == "factored"
+            ),
             "FSDP under sync_ascent=False, where no rank has a whole gradient of its own": (
                 self.is_fsdp_enabled and not getattr(self.args, "sync_ascent", True)
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +101,29 @@ def test_in_the_loop() -> None:
     assert optimizer.saved_weights == "host"
     SharpnessAwareLoop(Accelerator(cpu=True), model, optimizer, **options)
     assert optimizer.saved_weights == "host", "as it was"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"saved_weights": "host"}, "saved_weights='host'"), ({"optim_args": "ascent_state=factored"}, "ascent_state=")],
+    ids=["host", "factored"],
+)
+def test_what_needs_whole_weights_is_refused_under_fsdp(tmp_path: Path, options: dict[str, str], told: str) -> None:
+    """At construction, with a Trainer that takes itself for one under FSDP2."""
+
+    class Sharded(LightSAMTrainer):
+        def _refuse_engines(self) -> None:
+            self.is_fsdp_enabled = True
+            self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
+            try:
+                super()._refuse_engines()
+            finally:
+                self.accelerator.state.fsdp_plugin = None
+                self.is_fsdp_enabled = False
+
+    Sharded(make_bert(), make_args(tmp_path), train_dataset=make_rows())
+    with pytest.raises(UsageError, match=f"do not work with FSDP under {told}"):
+        Sharded(make_bert(), make_args(tmp_path, **options), train_dataset=make_rows())
 
 
 def test_bad_input(tmp_path: Path) -> None:
