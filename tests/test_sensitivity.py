@@ -303,6 +303,27 @@ def test_a_block_runs_prints_and_goes_on(
     assert "| 36.0M weights pretrained, lr 5e-05 | 2 | 0.70" in out
 
 
+def test_grids_hold_the_learning_rates_that_all_methods_have() -> None:
+    """Another block's runs of one method at a rate of their own give it no more chances to be best."""
+    import dataclasses
+
+    import sensitivity
+    from finetuning import Run
+
+    base = Run()
+    runs = list(sensitivity.grid_points(base, ["AdamW", "LightSAM-III"], [5e-5, 5e-4], [0.05, 0.5]))
+    runs += [dataclasses.replace(base, optim="lightsam_adam", rho=rho, lr=1.5e-3) for rho in (0.05, 0.5)]
+    results = [{**run.settings(), "score": 0.5 + 100 * run.lr} for run in runs]
+    scores = sensitivity.Scores(results, Run, worst=0.0)
+    options = (sensitivity.LR, sensitivity.RHO, sensitivity.LR, sensitivity.REMEDY_RHO, 0.01)
+    grids = sensitivity.Problem("a problem", base, scores, *options).grids()
+    assert {name: grid.rates for name, grid in grids.items()} == {
+        "AdamW": [5e-5, 5e-4],
+        "LightSAM-III": [5e-5, 5e-4],
+    }
+    assert len(grids["LightSAM-III"].scores) == 4
+
+
 def test_the_synthetic_problem() -> None:
     from parameter_agnostic import Problem
     from synthetic import WORST, SyntheticRun, minimize

@@ -295,21 +295,30 @@ class Problem:
     tolerance: float
 
     def grids(self) -> dict[str, Grid]:
-        """Return the grid of each method that has one."""
+        """Return the grid of each method that has one, at the learning rates that they share.
+
+        (LightSAM-III has runs at others, of the block ``scales``: a method with more points would have more chances.)
+        """
         runs = list(grid_points(self.base, METHODS, self.rates, self.radii))
         grids = {name: self.scores.grid(run for run in runs if run.optim == optim) for name, optim in METHODS.items()}
-        return {name: grid for name, grid in grids.items() if len(grid.scores) > 1}
+        grids = {name: grid for name, grid in grids.items() if len(grid.scores) > 1}
+        shared = set.intersection(*(set(grid.rates) for grid in grids.values())) if grids else set()
+        return {
+            name: Grid({point: scores for point, scores in grid.scores.items() if point[1] in shared}, grid.worst)
+            for name, grid in grids.items()
+        }
 
     def remedies(self) -> list[str]:
         """Return the table of remedies: score by radius, at each learning rate."""
         lines: list[str] = []
         for lr in self.remedy_rates:
             runs = list(remedy_points(self.base, [lr], self.remedy_radii))
-            if not any(self.scores.of(run) for run in runs[len(self.remedy_radii) :]):  # the first is no remedy
-                continue
             rows = [
                 runs[start : start + len(self.remedy_radii)] for start in range(0, len(runs), len(self.remedy_radii))
             ]
+            # The first is no remedy, and the block ``scales`` has made the second.
+            if sum(any(map(self.scores.of, row)) for row in rows) < 3:
+                continue
             lines += self._by_radius(f"LightSAM-III, lr {lr:g}", dict(zip(REMEDIES, rows, strict=True)))
         return lines
 
