@@ -305,8 +305,6 @@ def test_a_block_runs_prints_and_goes_on(
 
 def test_grids_hold_the_learning_rates_that_all_methods_have() -> None:
     """Another block's runs of one method at a rate of their own give it no more chances to be best."""
-    import dataclasses
-
     import sensitivity
     from finetuning import Run
 
