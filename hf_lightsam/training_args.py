@@ -335,9 +335,9 @@ class LightSAMTrainingArguments(TrainingArguments):
                     "apart; expected None, or lets_sam or lets_asam"
                 )
         else:
-            given = [name for name in (*_FIELDS, "validation_fraction") if getattr(self, name) is not None]
+            names = (*_FIELDS, "validation_fraction", "saved_weights")
+            given = [name for name in names if getattr(self, name) is not None]
             given += [f"ascent_{name}" for name in cheaper.changed]
-            given += ["saved_weights"] * (self.saved_weights is not None)
             if given:
                 raise UsageError(
                     f"{given[0]}={getattr(self, given[0])!r}: not an option of "

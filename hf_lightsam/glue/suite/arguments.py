@@ -89,7 +89,7 @@ _WITHOUT_EFFECT = {
     *("enable_jit_checkpoint", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_in_order"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "do_train", "do_eval", "do_predict"),
-    *("saved_weights",),
+    "saved_weights",
 }
 """Training arguments that say nothing about what a model learns; a suite may be continued with others."""
 

@@ -156,7 +156,7 @@ class Rule(torch.optim.Optimizer, ABC):
             foreach = not is_fused and group["foreach"] is not False
             weights = local(parameters)
             found_inf = skip.to(weights[0].device, torch.float32) if skip is not None and heeds_skip else None
-            if isinstance(group["lr"], Tensor) and not heeds_skip and not is_fused:
+            if isinstance(group["lr"], Tensor) and not heeds_skip:  # nor fused
                 group = {**group, "lr": group["lr"].item()}
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
