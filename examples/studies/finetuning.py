@@ -22,6 +22,7 @@ from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments, UsageError
 from hf_lightsam.demo.dataset import make_dataset
 from hf_lightsam.demo.encoder import packaged_encoder
 from hf_lightsam.glue import GlueTask, get_task, load_glue, make_compute_metrics, preprocess
+from hf_lightsam.glue.by_length import lengths
 from hf_lightsam.glue.suite.rows import choose
 from hf_lightsam.optim.recipes import RECIPES
 from hf_lightsam.passes import CheaperAscent
@@ -132,8 +133,8 @@ def tokenized(task: GlueTask, train: datasets.Dataset, evaluation: datasets.Data
     rows = preprocess(datasets.DatasetDict(train=train, evaluation=evaluation), task, tokenizer())
     used = used_tokens(*rows.values())
     rows = datasets.DatasetDict({name: renumbered(part, used) for name, part in rows.items()})
-    lengths = [len(ids) for ids in rows["evaluation"]["input_ids"]]
-    evaluation = rows["evaluation"].select(np.argsort(lengths, kind="stable"))  # batches with little padding
+    order = np.argsort(lengths(rows["evaluation"]), kind="stable")  # batches with little padding
+    evaluation = rows["evaluation"].select(order)
     return Rows(task, rows["train"], evaluation, used)
 
 
