@@ -583,7 +583,7 @@ def test_bad_options(call: Callable[[list[Tensor]], Any], message: str) -> None:
 def test_checkpoints_of_other_pairs_are_refused(other: str) -> None:
     parameters = [torch.ones(2, requires_grad=True)]
     saved = LightSAM(parameters, ascent="adagrad").state_dict()
-    with pytest.raises(UsageError, match="resume with the optimizer and variant that wrote the checkpoint"):
+    with pytest.raises(UsageError, match="resume with the optimizer and the options that wrote the checkpoint"):
         LightSAM(parameters, ascent=other).load_state_dict(saved)
 
 

@@ -648,7 +648,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str, 
 )
 def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path, saved: str, resumed: str) -> None:
     train(tmp_path, optim=saved, max_steps=1, save_strategy="steps", save_steps=1)
-    with pytest.raises(UsageError, match="resume with the optimizer and variant that wrote the checkpoint"):
+    with pytest.raises(UsageError, match="resume with the optimizer and the options that wrote the checkpoint"):
         train(tmp_path, optim=resumed, resume=str(tmp_path / "out" / "checkpoint-1"))
 
 

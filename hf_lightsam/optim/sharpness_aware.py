@@ -629,7 +629,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             if signature != self._signature():
                 raise UsageError(
                     f"state_dict: parameter group {index} was saved by {signature or 'another kind of optimizer'}; "
-                    f"expected {self._signature()}: resume with the optimizer and variant that wrote the checkpoint"
+                    f"expected {self._signature()}: "
+                    "resume with the optimizer and the options that wrote the checkpoint (variant, ascent_state, ...)"
                 )
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
