@@ -1,12 +1,15 @@
-"""Run training cases on several processes, with gloo."""
+"""Run scripts, and training cases, on several processes with gloo."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,83 @@ import torch
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_cases.py"
 
+FORKS: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+"""Processes that begin with everything imported, which is what takes time."""
 
-def train_on_ranks(folder: Path, num_ranks: int, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Train all cases in one launch, as starting the processes is what takes time; return their results by name."""
+FORKS.set_forkserver_preload(
+    [
+        "hf_lightsam.glue.suite.command",
+        "hf_lightsam.loop",
+        "transformers.trainer",
+        "transformers.models.bert.modeling_bert",
+        "torch.distributed.fsdp",
+    ]
+)
+
+
+def start_script(script: Path, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Any:
+    """Start a script in a process of its own, as ``python script arguments`` with ``environment`` and its output in a
+    file; what the script imports is there already."""
+    process = FORKS.Process(target=_run_script, args=(str(script), list(arguments), str(log), dict(environment)))
+    process.start()
+    return process
+
+
+def _run_script(script: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    torch.set_num_threads(1)
+    runpy.run_path(script, run_name="__main__")
+
+
+def launch(script: Path, folder: Path, num_ranks: int, *arguments: str, timeout: float = 500.0) -> None:
+    """Run a script on so many processes of this machine, as torchrun would: one that fails ends the others.
+
+    Args:
+        script: Gets ``arguments``, and what torchrun puts into the environment.
+        folder: Where the processes' outputs go.
+        num_ranks: Processes.
+        *arguments: Of the script.
+        timeout: Seconds.
+
+    Raises:
+        AssertionError: With the output of all processes, if one of them failed or did not end.
+    """
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "LOCAL_WORLD_SIZE": str(num_ranks)}
+    shared = {**os.environ, **settings, **address, "WORLD_SIZE": str(num_ranks)}
+    logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
+    processes = [
+        start_script(script, arguments, log, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, log in enumerate(logs)
+    ]
+    end = time.monotonic() + timeout
+    while any(process.exitcode is None for process in processes):
+        if time.monotonic() > end or any(process.exitcode for process in processes):
+            break
+        time.sleep(0.02)
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+        process.join()
+    told = "\n".join(f"--- rank {rank}:\n{log.read_text()[-4000:]}" for rank, log in enumerate(logs) if log.exists())
+    assert [process.exitcode for process in processes] == [0] * num_ranks, told
+
+
+def train_on_ranks(
+    folder: Path, num_ranks: int, cases: list[dict[str, Any]], script: Path | None = None, timeout: float = 500.0
+) -> dict[str, Any]:
+    """Run all cases of a script (:data:`SCRIPT` if none is given) in one launch; return their results by name."""
     folder.mkdir(exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(folder)], capture_output=True, text=True, env=environment, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(script or SCRIPT, folder, num_ranks, str(folder), timeout=timeout)
     return torch.load(folder / "results.pt", weights_only=False)
 
 

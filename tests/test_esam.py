@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_bert, make_rows, train, weights
 from peft import LoraConfig, get_peft_model
+from ranks import train_on_ranks
 from reference import SGD, AdamW, small_network
 from reference_esam import ESAMReference
 from tasks import TASKS, make_gpt2, make_task
@@ -280,21 +277,6 @@ def case(name: str, task: str, sizes: list[list[int]], optimizer: dict[str, floa
     return {"name": name, "task": task, "sizes": sizes, "optimizer": optimizer, "loop": loop}
 
 
-def launch(folder: Path, num_ranks: int, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    folder.mkdir(exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(folder / "results.pt", weights_only=False)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("esam")
@@ -305,7 +287,7 @@ def one(folder: Path) -> dict[str, Any]:
     cases = [case(f"{task} whole", task, [[8]], USUAL) for task in TASKS]
     cases += [case(f"{task} {name}", task, sizes, USUAL) for task in TASKS for name, sizes in SIZES.items()]
     cases.append(case("few whole", "classification", [[8]], FEW))
-    return launch(folder / "one", 1, cases)
+    return train_on_ranks(folder / "one", 1, cases, SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +296,7 @@ def two(folder: Path) -> dict[str, Any]:
     cases += [case(f"few {name}", "classification", sizes, FEW) for name, sizes in RANKS.items()]
     cases.append(case("local", "classification", [[4], [4]], USUAL, sync_ascent=False))
     cases.append(case("clipped", "classification", [[4], [4]], FEW, max_grad_norm=0.01))
-    return launch(folder / "two", 2, cases)
+    return train_on_ranks(folder / "two", 2, cases, SCRIPT)
 
 
 def relative_difference(first: Tensor, second: Tensor) -> float:

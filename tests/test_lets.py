@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -17,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_args, make_bert, make_rows, train
+from ranks import launch
 from reference import PROBLEMS, Problem
 from reference_lets import LETS, SGD, AdamW
 from torch import Tensor, nn
@@ -335,10 +335,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(Path(__file__), folder, 2, str(folder))
     return torch.load(folder / "results.pt", weights_only=False)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from ranks import train_on_ranks
 from tasks import TASKS, make_task
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -61,19 +59,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("loop")
-    (folder / "cases.json").write_text(json.dumps(CASES))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [*command, str(SCRIPTS / "loop_cases.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return torch.load(folder / "results.pt")
+    return train_on_ranks(tmp_path_factory.mktemp("loop"), 2, CASES, SCRIPTS / "loop_cases.py")
 
 
 @pytest.fixture(autouse=True)

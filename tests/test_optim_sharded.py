@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
+from ranks import FORKS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 
 from hf_lightsam.optim import SAM, LightSAM, SharpnessAwareOptimizer
 from hf_lightsam.tensors import difference_norm, total_norm
@@ -238,7 +239,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("sharded")
-    context = torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD, join=False)
+    context = start_processes(work, (str(folder),), nprocs=WORLD, join=False, start_method=FORKS.get_start_method())
     for _ in range(180):
         if context.join(timeout=1):
             break

@@ -6,8 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CORE, assert_same_weights, make_args, make_bert, make_rows, train
+from ranks import start_script
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -81,17 +80,11 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     script = Path(__file__).parent / "scripts" / "killed.py"
     folders = {point: tmp_path_factory.mktemp(point) for point in POINTS}
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder), point],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for point, folder in folders.items()
+        start_script(script, [str(folder), point], folder / "log", os.environ) for point, folder in folders.items()
     ]
-    for process in processes:
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL, error
+    for process, folder in zip(processes, folders.values(), strict=True):
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL, (folder / "log").read_text()
     return folders
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import ModuleType
 
 import pytest
 from huggingface_hub import ModelCard
+from ranks import start_script
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_lightsam import LightSAMTrainingArguments
@@ -291,20 +291,19 @@ def test_refuses_to_mix_with_an_earlier_run(run_glue, model_dir, data_dir, tmp_p
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, data_dir, tmp_path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(run_glue, model_dir, data_dir, tmp_path) -> None:
     flags = arguments(model_dir, data_dir, tmp_path, max_steps=100_000, save_strategy="steps", save_steps=20)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    log = tmp_path.with_suffix(".log")
+    process = start_script(SCRIPT, flags, log, os.environ)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None
+        assert process.is_alive(), log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    errors = log.read_text()
+    assert process.exitcode == 130
     checkpoint = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert f"The last checkpoint is {checkpoint}. Go on with:" in errors
     assert f"--resume_from_checkpoint {checkpoint}" in errors
@@ -312,5 +311,5 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, data_dir, tmp_path) -> No
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert f"Stopped after step {step} of 100000." in errors
     resumed = [*flags, "--resume_from_checkpoint", str(checkpoint), "--max_steps", str(step + 1)]
-    subprocess.run([sys.executable, str(SCRIPT), *resumed], check=True, env=environment, capture_output=True)
+    run_glue.main(resumed)
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == step + 1

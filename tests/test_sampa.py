@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
-import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_args, make_bert, make_rows, train
+from ranks import train_on_ranks
 from reference import PROBLEMS
 from reference_sampa import SAMPa as Reference
 from reference_sampa import adamw_ahead, sgd_ahead
@@ -491,22 +489,6 @@ SAVING = {"save_strategy": "steps", "save_steps": 4}
 OWN_MEANS = {"average_tokens_across_devices": False}
 
 
-def launch(folder: Path, num_ranks: int, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    folder.mkdir(exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        [*command, str(SCRIPTS / "sampa_cases.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return torch.load(folder / "results.pt", weights_only=False)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sampa")
@@ -528,7 +510,7 @@ def two(folder: Path) -> dict[str, Any]:
     resumed["resume"] = str(folder / "two" / "classification sgd 4x1" / "out" / "checkpoint-4")
     cases.append(resumed)
     cases.append({"name": "norm", "sizes": [[5], [3]], "norm": True, "steps": 3})
-    return launch(folder / "two", 2, cases)
+    return train_on_ranks(folder / "two", 2, cases, SCRIPTS / "sampa_cases.py")
 
 
 @pytest.fixture(scope="module")
@@ -537,12 +519,14 @@ def four(folder: Path, two: dict[str, Any]) -> dict[str, Any]:
     cases.append({"name": "norm", "sizes": [[2], [2], [2], [2]], "norm": True, "steps": 3})
     fewer = trained("from two", "classification", "sgd", 2, 1, max_steps=6)
     fewer["resume"] = str(folder / "two" / "classification sgd 4x1" / "out" / "checkpoint-4")
-    return launch(folder / "four", 4, [*cases, fewer])
+    return train_on_ranks(folder / "four", 4, [*cases, fewer], SCRIPTS / "sampa_cases.py")
 
 
 @pytest.fixture(scope="module")
 def three(folder: Path) -> dict[str, Any]:
-    return launch(folder / "three", 3, [{"name": "plain", "sizes": [[4], [1, 1], [2]]}])
+    return train_on_ranks(
+        folder / "three", 3, [{"name": "plain", "sizes": [[4], [1, 1], [2]]}], SCRIPTS / "sampa_cases.py"
+    )
 
 
 def vector(state: dict[str, Tensor]) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ranks
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_args, make_bert, make_rows
 from datasets import Dataset
+from ranks import train_on_ranks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lightsam import LightSAMTrainer, UsageError
@@ -139,13 +139,12 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
 # ---- Two ranks ------------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
     cases = [{"name": "measures"}, {"name": "callback"}]
     one = {case["name"]: sharpness_cases.run(tmp_path / "one", case) for case in cases}
-    monkeypatch.setattr(ranks, "SCRIPT", SCRIPTS / "sharpness_cases.py")
-    two = ranks.train_on_ranks(tmp_path / "two", 2, cases)
+    two = train_on_ranks(tmp_path / "two", 2, cases, SCRIPTS / "sharpness_cases.py")
     assert one["measures"].keys() == two["measures"].keys()
     for name, expected in one["measures"].items():
         close(two["measures"][name], expected, rtol=1e-7)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from glue_files import ROWS, write_glue
+from ranks import FORKS
 
 from hf_lightsam import UsageError
 from hf_lightsam.checkpoints import complete_checkpoints
@@ -309,10 +309,6 @@ def test_killed_at_every_kind_of_point(uninterrupted, model_dir, glue_dir, tmp_p
     assert_same_suite(tmp_path, uninterrupted)
 
 
-FORKS = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-"""Processes that begin with everything imported, which is what takes time."""
-
-
 def run_in_process(command: list[str], log: Path, environment: dict[str, str]) -> None:
     """Run a command with its output in a file; started as a process of its own."""
     os.environ.update(environment)
@@ -323,7 +319,6 @@ def run_in_process(command: list[str], log: Path, environment: dict[str, str]) -
 
 
 def start(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Any:
-    FORKS.set_forkserver_preload(["hf_lightsam.glue.suite.command"])
     process = FORKS.Process(target=run_in_process, args=(command, log, environment or {}))
     process.start()
     return process
