@@ -40,6 +40,27 @@ def test_table_of_known_results() -> None:
     assert rows["on a quarter"][-1] != "yes"
 
 
+def test_cheapest_mode_that_keeps_the_score() -> None:
+    import cheaper_steps as study
+
+    def runs(name: str, cost: float, scores: list[float]) -> list[dict[str, Any]]:
+        return [result(name, seed, score, cost) for seed, score in enumerate(scores)]
+
+    known = [*runs(study.BASELINE, 10.0, [0.7, 0.7, 0.7]), *runs(study.FULL, 20.0, [0.70, 0.72, 0.74])]
+    known += runs("on a quarter", 12.0, [0.69, 0.71, 0.73])  # always below
+    known += runs("every 4", 13.0, [0.71, 0.71, 0.72])  # below and above
+    known += runs("every 2 steps", 15.0, [0.71, 0.73, 0.75])  # always above
+    known += runs("last quarter", 11.0, [0.71])  # one seed says nothing
+    arguments = study.StudyArguments()
+    assert study.cheapest_as_good(known, arguments) == ("every 4", pytest.approx(1.3))
+    assert "*every 4*, at 1.30 times AdamW's CPU time" in study.table(known, arguments)
+    # On all tasks, or not at all.
+    elsewhere = [{**one, "task": "stsb"} for one in known if one["cheaper"] != "every=4"]
+    worse = [{**one, "task": "stsb", "score": 0.1} for one in runs("every 4", 13.0, [0, 0, 0])]
+    assert study.cheapest_as_good([*known, *elsewhere, *worse], arguments) == ("every 2 steps", pytest.approx(1.5))
+    assert study.cheapest_as_good(runs(study.FULL, 20.0, [0.7, 0.7]), arguments) is None
+
+
 def test_front() -> None:
     from cheaper_steps import front
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import cheaper_steps
 import low_data
 import overparameterization
 import sensitivity
@@ -33,8 +34,15 @@ def parts() -> dict[Path, Mapping[str, str]]:
         ROOT / "README.md": claims,
         PAGES / "sensitivity.md": of_sensitivity,
         PAGES / "overparameterization.md": {"overparameterization": of_overparameterization},
+        ROOT / "docs" / "guides" / "cheaper_steps.md": {"cheaper steps": of_cheaper_steps()},
         PAGES / "low_data.md": {"low data": low_data.table(read(RESULTS / "low_data.jsonl"))},
     }
+
+
+def of_cheaper_steps() -> str:
+    """Return the tables of the study of cheaper ascents, if it was run."""
+    path = RESULTS / "cheaper_steps.jsonl"
+    return cheaper_steps.table(read(path), cheaper_steps.StudyArguments()) if path.is_file() else ""
 
 
 def files() -> Iterator[tuple[Path, str]]:

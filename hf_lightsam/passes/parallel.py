@@ -68,7 +68,7 @@ class Parallel(GradientPlan):
         UsageError: For ``sync_ascent=False``: the gradient that perturbs has been summed over ranks already.
     """
 
-    evaluations: ClassVar[str] = "2 (1 after another on an even number of processes)"
+    evaluations: ClassVar[str] = "2 (one on each of two processes, at once, where their number is even)"
 
     optimizer: SAMPa
 
