@@ -158,13 +158,16 @@ class LightSAMTrainingArguments(TrainingArguments):
     )
     rho: float | None = field(
         default=None,
-        metadata={"help": "Radius of the perturbation, at least 0; 0 makes none. Default: that of the method, 0.05."},
+        metadata={
+            "help": "Radius of the perturbation, at least 0; 0 makes none. Default: that of the method, 0.05 or (asam, "
+            "lets_asam) 0.5."
+        },
     )
     rho_scale: Literal["global", "coordinate"] | None = field(
         default=None,
         metadata={
-            "help": "LightSAM only. global (default): rho is the length of the whole perturbation, for any model size. "
-            "coordinate: the paper's letter, a length for each weight in forms II and III."
+            "help": "LightSAM only. global (default): rho is the length that the whole perturbation would have if all "
+            "weights moved alike. coordinate: the paper's letter, a length for each weight in forms II and III."
         },
     )
     rho_schedule: Literal["constant", "lr"] | None = field(

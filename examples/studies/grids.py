@@ -162,7 +162,7 @@ def claims(problems: Mapping[str, Mapping[str, Grid]], digits: int = 3) -> str:
                 low, high = grid.over_radii()
                 cells.append(f"{grid.means[grid.best]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
         lines.append(cells)
-    return markdown(["best (over all radii, at its learning rate)", *problems], lines, numbers_from=1)
+    return markdown(["best (over radii, at its learning rate)", *problems], lines, numbers_from=1)
 
 
 def _point(point: Point) -> str:

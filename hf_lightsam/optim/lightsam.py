@@ -42,12 +42,12 @@ class LightSAM(SharpnessAwareOptimizer):
 
     Accumulators start at ``eps**2`` and nothing is added in a denominator. With ``rho_scale="coordinate"`` and the
     options that follow from it this is the paper to the letter. The default, ``rho_scale="global"``, keeps the
-    directions and their adaptation and changes units, so that one setting serves models of any size:
+    directions and their adaptation and changes units, so that what ``rho`` means does not depend on the model's size:
 
     ================  ======================================  ====================================================
     \                 ``rho_scale="coordinate"`` (the paper)  ``rho_scale="global"`` (the default)
     ================  ======================================  ====================================================
-    rho, II and III   length for each weight                  length of the whole perturbation: rho / sqrt(d) each
+    rho, II and III   length for each weight                  rho / sqrt(d) each: of the whole, were all alike
     rho, I            length of the whole perturbation        the same
     lr, II and III    length for each weight                  the same
     lr, I             length of the whole step                length for each weight: lr * sqrt(d) for the whole

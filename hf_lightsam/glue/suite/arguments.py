@@ -46,6 +46,12 @@ the loss by the number of processes (transformers 5.24), which is wrong for mode
 those of classification are, and would clip the baseline's gradients otherwise than those of the family.
 ``learning_rate``: one for all methods, where forms I and II of LightSAM have another default."""
 
+_HELP = {
+    "learning_rate": "Peak learning rate of all methods. (lightsam_adagrad and lightsam_adagrad_norm, whose steps "
+    "shrink as they go on, want ten times the default.)"
+}
+"""Where a default is another, what ``--help`` says of it too."""
+
 _CHEAPER = tuple(f"ascent_{each.name}" for each in dataclasses.fields(CheaperAscent))
 _RUN_FIELDS = ("replay_rng", "sync_ascent", "validation_fraction", "saved_weights", *_CHEAPER)
 """Fields of :class:`LightSAMTrainingArguments` that are no options of an optimizer."""
@@ -292,6 +298,7 @@ def parse(argv: Sequence[str], program: str, description: str | None = None) -> 
     )
     for action in parser._actions:  # for --help; set_defaults() would put them among the flags that are given
         action.default = DEFAULTS.get(action.dest, action.default)
+        action.help = _HELP.get(action.dest, action.help)
     given = _given(parser, argv)
     recipe = load_recipe(given["recipe"], parser) if given.get("recipe") else None
     common = {} if recipe is None else _common(recipe)
