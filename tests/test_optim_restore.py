@@ -479,3 +479,31 @@ def test_fused_can_be_turned_off_by_name() -> None:
     assert SAM(_two_weights(), "adamw", lr=0.1).param_groups[0]["fused"] is True
     for options in ({"fused": False}, {"foreach": True}):
         assert SAM(_two_weights(), "adamw", lr=0.1, **options).param_groups[0]["fused"] is None
+
+
+@methods
+def test_autocast_around_both_passes(make: Make) -> None:
+    """Autocast keeps its casts of the weights as long as its context lasts, wherever the weights have gone since."""
+
+    def losses(around: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 8)
+        optimizer = make(model.parameters(), lr=0.1, rho=2.0)
+        inputs, found = torch.ones(4, 8), []
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=not around or torch.is_autocast_enabled("cpu")):
+                loss = model(inputs).float().square().mean()
+            loss.backward()
+            found.append(loss.item())
+            return loss
+
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                optimizer.step(closure)
+        return found
+
+    around = losses(around=True)
+    assert around == losses(around=False)
+    assert abs(around[1] - around[0]) > 0.1

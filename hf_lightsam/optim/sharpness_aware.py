@@ -343,6 +343,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
 
     def _hold(self, parameters: list[Tensor]) -> None:
         """Save parameters that are about to be moved, or have them move in the place of their copies."""
+        _forget_casts()
         buffers = [self._buffer(p) for p in parameters]
         copy_(buffers, parameters, self._is_pinned(parameters))
         everyone = [p for group in self.param_groups for p in group["params"]]
@@ -399,6 +400,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         """Put the weights back as they were before :meth:`perturb`, bit for bit. Does nothing when they are there."""
         if not self._perturbed:
             return
+        _forget_casts()
         for index in self._away:  # home again, to where nothing was written
             self._perturbed[index].data = self._saved[index]
         # As a copy would: a graph that is left from the perturbed weights is refused, and not run with these.
@@ -683,3 +685,8 @@ def _state_shapes(name: str, parameter: Tensor) -> list[tuple[int, ...]]:
         return [tuple(shape)]
     summed = parameter.dim() + FACTORED[name]
     return [(*shape[:summed], 1, *shape[summed + 1 :]), (*shape[:summed], *shape[summed + 1 :])]
+
+
+def _forget_casts() -> None:
+    """Have autocast cast the weights anew: within one context it would run with the casts of where they were before."""
+    torch.clear_autocast_cache()
