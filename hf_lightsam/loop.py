@@ -138,6 +138,18 @@ class SharpnessAwareLoop:
         self.plan.check_ranks(accelerator.num_processes)
         self._with_running_statistics = modules_with_running_statistics(model)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs of this rank beside model and optimizer: a gradient or rows that are kept.
+
+        Tensors and numbers in dicts, of this rank alone: ``accelerator.save_state`` knows nothing of it, so save each
+        rank's yourself. Empty for methods that keep nothing from step to step.
+        """
+        return self.plan.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave on this rank of as many."""
+        self.plan.load_state_dict(state_dict)
+
     def step(
         self, micro_batches: Sequence[Any], *, progress: float | None = None, epoch: float | None = None
     ) -> StepResult:

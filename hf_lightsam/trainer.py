@@ -36,7 +36,7 @@ from .model_card.trainer_card import extend_card, keeping_the_model
 from .optim import SharpnessAwareOptimizer
 from .optim.recipes import get_recipe
 from .optim_flag import constructing_our_trainer, is_registered, optim_name
-from .passes import CheaperAscent, GradientPlan, modules_with_running_statistics
+from .passes import CheaperAscent, GradientPlan, TwoPass, modules_with_running_statistics
 from .sigterm import checkpoint_on_sigterm_between_steps
 from .step_statistics import StepStatistics
 from .trainer_window import TrainerWindow, ask_the_loss
@@ -167,6 +167,9 @@ class SharpnessAwareMixin(_Base):
             "DataParallel (one process with several GPUs), whose replicas draw dropout masks of their own": (
                 self.args.n_gpu > 1
             ),
+            "a model spread over several devices (device_map), whose dropout masks would differ from pass to pass": (
+                self.is_model_parallel
+            ),
             "models sharded while loading (distributed_config), which have not been tried": (
                 self.is_distributed_loading_by_transformers
             ),
@@ -239,6 +242,7 @@ class SharpnessAwareMixin(_Base):
             raise UsageError(
                 f"ascent_dtype={cheaper.dtype!r}: {mixed}=True has both passes in low precision; expected None"
             )
+        TwoPass.check_sync_ascent(cheaper, getattr(self.args, "sync_ascent", True))
 
     # ---- Training rows -----------------------------------------------------------------------------------------
 
@@ -375,7 +379,7 @@ class SharpnessAwareMixin(_Base):
                 if heeds is False:
                     logger.info("The loss ignores num_items_in_batch: it is a mean over the window's items instead.")
                     self.model_accepts_loss_kwargs = False
-                    num_items_in_batch = self._get_num_items_in_batch(batch_samples, device)
+                    self.loss_is_scaled_for_ga = False
             self._window = TrainerWindow(
                 cast(Trainer, self), batch_samples, num_items_in_batch, self._with_running_statistics
             )

@@ -61,6 +61,8 @@ class TrainerWindow(Window):
         self._with_running_statistics = with_running_statistics
         self._model = trainer.model_wrapped
         self._loss_heeds = loss_heeds(trainer, num_items)
+        if not self._loss_heeds:  # with a number the Trainer would multiply the loss by the number of ranks
+            self.num_items = None
 
     def with_rows(self, micro_batches: Sequence[Any], total: Tensor) -> Self:
         """See :class:`~hf_lightsam.passes.Window`."""
@@ -79,6 +81,7 @@ class TrainerWindow(Window):
         with (
             nullcontext() if sync else no_sync(trainer.accelerator, self._model),
             frozen_running_statistics(self._with_running_statistics if again else ()),
+            nullcontext() if self._loss_heeds else _divided_loss(trainer),
             _differentiable_backward(trainer.accelerator) if create_graph else nullcontext(),
         ):
             # A copy, since a loss function may take labels out of its inputs and another pass needs them again.
@@ -146,6 +149,17 @@ class TrainerWindow(Window):
 
 
 @contextmanager
+def _divided_loss(trainer: Trainer) -> Iterator[None]:
+    """Let ``training_step`` divide the loss, which it does not do for any ``compute_loss_func`` (transformers 5.24)."""
+    said = trainer.loss_is_scaled_for_ga
+    trainer.loss_is_scaled_for_ga = False
+    try:
+        yield
+    finally:
+        trainer.loss_is_scaled_for_ga = said
+
+
+@contextmanager
 def _differentiable_backward(accelerator: Accelerator) -> Iterator[None]:
     """Let ``training_step``, which calls ``backward`` without options, make gradients with a graph."""
     accelerator.backward = partial(accelerator.backward, create_graph=True)
@@ -168,13 +182,14 @@ def ask_the_loss(trainer: Trainer, inputs: Any, num_items: Tensor | int | None) 
 
     The Trainer takes every model whose ``forward`` has ``**kwargs`` for one that divides its summed loss by the number
     of items of the whole window. Classification heads of encoders have ``**kwargs`` and ignore the number, and their
-    loss and gradients come out multiplied by the accumulation steps (and the ranks). So ask the loss, with two numbers.
+    loss and gradients come out multiplied by the accumulation steps (and the ranks). So does every
+    ``compute_loss_func`` that leaves the number alone. So ask the loss, with two numbers.
 
     Returns:
         None where a batch without items, or a loss that is not finite, says nothing; True also where the Trainer does
         not count on it. All ranks get one answer.
     """
-    asks = trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
+    asks = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
     if num_items is None or not asks or trainer.loss_is_scaled_for_ga is not None:
         return True
     state = RngState.capture(trainer.args.device)

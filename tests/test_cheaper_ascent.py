@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +127,43 @@ def test_rows_are_the_first_of_each_micro_batch_and_their_gradient_is_that_of_th
     assert rows == (6 + 2) * NUM_STEPS
     model, problem = make_problem()
     assert losses[0] == pytest.approx(mse(model, (problem[0][0][:2], problem[0][1][:2])).item())
+
+
+def test_random_numbers_of_fewer_rows_do_not_come_back() -> None:
+    """The descent begins with the ascent's numbers, and no micro-batch has those of another."""
+    model, rows = make_problem()
+    drawn: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, inputs: drawn.append(torch.rand(len(inputs[0]))))
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(METHODS["III"](model.parameters()))
+    loop = SharpnessAwareLoop(accelerator, model, optimizer, mse, cheaper=CheaperAscent(rows=0.5))
+    loop.step(rows[:2])
+    assert [len(numbers) for numbers in drawn] == [3, 3, 6, 6]
+    assert torch.equal(drawn[2], torch.cat(drawn[:2]))
+    assert len(torch.cat(drawn[2:]).unique()) == 12
+
+
+@pytest.mark.parametrize("cheaper", [CheaperAscent(every=3), CheaperAscent(gradient="previous")], ids=["every", "prev"])
+def test_a_loop_resumes_bit_for_bit(cheaper: CheaperAscent) -> None:
+    def make() -> tuple[nn.Module, SharpnessAwareLoop]:
+        model, _ = make_problem()
+        accelerator = Accelerator(cpu=True)
+        optimizer = accelerator.prepare(METHODS["III"](model.parameters()))
+        return model, SharpnessAwareLoop(accelerator, model, optimizer, mse, cheaper=cheaper)
+
+    rows = make_problem()[1]
+    model, loop = make()
+    for index, batch in enumerate(rows):
+        if index == NUM_STEPS // 2:
+            saved = copy.deepcopy([model.state_dict(), loop.optimizer.state_dict(), loop.state_dict()])
+        loop.step([batch])
+    resumed, again = make()
+    resumed.load_state_dict(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    again.load_state_dict(saved[2])
+    for batch in rows[NUM_STEPS // 2 :]:
+        again.step([batch])
+    assert_same_weights(resumed, model)
 
 
 def test_start_is_plain_descent_before_and_the_method_from_then_on() -> None:
@@ -313,6 +351,8 @@ def test_what_is_logged(tmp_path: Path) -> None:
         ({"optim": "esam", "ascent_rows": 0.5}, "ascent_rows=0.5: not with a method whose gradients are taken by Sel"),
         ({"optim": "lets_sam", "ascent_start": 0.5}, "ascent_start=0.5: not with a method"),
         ({"optim": "adamw_torch", "ascent_every": 2}, "ascent_every=2: not an option of optim='adamw_torch'"),
+        ({"optim": "adamw_torch", "replay_rng": False}, "replay_rng=False: not an option of optim='adamw_torch'"),
+        ({"optim": "adamw_torch", "sync_ascent": False}, "sync_ascent=False: not an option of optim='adamw_torch'"),
     ],
 )
 def test_bad_input(options: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -325,6 +365,19 @@ def test_mixed_precision_has_low_precision_already(tmp_path: Path) -> None:
     args = make_args(tmp_path, bf16=True, ascent_dtype="bfloat16")
     with pytest.raises(UsageError, match="bf16=True has both passes in low precision"):
         LightSAMTrainer(make_bert(), args, train_dataset=make_rows())
+
+
+def test_an_ascent_of_each_ranks_own_along_the_mean_of_all(tmp_path: Path) -> None:
+    args = make_args(tmp_path, ascent_gradient="previous", sync_ascent=False)
+    with pytest.raises(UsageError, match="sync_ascent=False: with ascent_gradient='previous'"):
+        LightSAMTrainer(make_bert(), args, train_dataset=make_rows())
+    model, _ = make_problem()
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(METHODS["III"](model.parameters()))
+    with pytest.raises(UsageError, match="sync_ascent=False: with ascent_gradient='previous'"):
+        SharpnessAwareLoop(
+            accelerator, model, optimizer, mse, sync_ascent=False, cheaper=CheaperAscent(gradient="previous")
+        )
 
 
 def test_a_loop_that_does_not_say_how_far_it_is() -> None:

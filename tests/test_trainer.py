@@ -758,6 +758,43 @@ def test_an_own_loss_function(tmp_path: Path) -> None:
     assert train_logs(runs[1])[0]["loss"] == pytest.approx(math.log(2), rel=0.05)
 
 
+@pytest.mark.parametrize("with_labels", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optim": "sam"},
+        {"optim": "msam", "optim_args": "num_micro_batches=2,rho=1e-6"},
+        {"optim": "lightsam_adam", "ascent_rows": 0.5, "rho": 1e-6},
+    ],
+    ids=lambda options: options["optim"],
+)
+def test_an_own_loss_function_that_is_a_mean(tmp_path: Path, options: dict[str, Any], with_labels: bool) -> None:
+    """It ignores ``num_items_in_batch``: a step in pieces and one in shards are that of the whole all the same."""
+
+    def loss_function(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if labels is None:
+            return (outputs.logits - 1.0).square().mean()
+        return nn.functional.cross_entropy(outputs.logits, labels)
+
+    rows = [{name: value for name, value in row.items() if with_labels or name != "labels"} for row in make_rows()]
+    shared = {"adam_epsilon": 1e-5, "rows": rows, "trainer_options": {"compute_loss_func": loss_function}}
+    whole, pieces = (
+        train(
+            tmp_path,
+            make_bert(dropout=0.0),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=8 // batch,
+            **shared,
+            **options,
+        )
+        for batch in (8, 2)
+    )
+    plain = train(tmp_path, make_bert(dropout=0.0), optim="adamw_torch", per_device_train_batch_size=8, **shared)
+    assert relative_difference(pieces.model, whole.model) < 1e-5
+    for trainer in (whole, pieces):  # of half of the rows where the ascent is
+        assert train_logs(trainer)[0]["loss"] == pytest.approx(plain.state.log_history[0]["loss"], rel=0.2)
+
+
 def test_an_own_training_step_below_and_above_the_mixin(tmp_path: Path) -> None:
     seen: list[str] = []
 

@@ -25,7 +25,8 @@ class CheaperAscent:
     Args:
         rows: Share of the rows of each micro-batch, the first ones, that the ascent gradient is taken on, in (0, 1].
             Cost: ``1 + rows`` gradients. The loss that is logged is that of these rows, and there is no ``sharpness``.
-            Which rows they are depends on how a step is cut into micro-batches.
+            Which rows they are depends on how a step is cut into micro-batches. Both passes start with the same random
+            numbers, and see the same dropout masks no further than the first layer.
         every: Take an ascent gradient in every so many steps only; those between perturb along the last one again.
             Cost: ``1 + 1 / every`` gradients, and memory for one gradient more. The loss that is logged in the steps
             between is that at the perturbed weights. An ascent gradient that is not finite perturbs none of them.

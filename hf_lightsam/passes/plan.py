@@ -189,10 +189,13 @@ class GradientPlan(ABC):
     def second_pass(
         self, window: Window, batches: Sequence[Any], states: Sequence[RngState], *, sync: bool
     ) -> list[Tensor]:
-        """Run the same rows again, with the same random numbers; arguments as for :meth:`first_pass`."""
+        """Run the same rows again, with the same random numbers; arguments as for :meth:`first_pass`.
+
+        With fewer ``states`` than batches the numbers run on after the last of them.
+        """
         losses = []
         for index, batch in enumerate(batches):
-            if self.replay_rng:
+            if self.replay_rng and index < len(states):
                 states[index].restore()
             losses.append(window.backward(batch, sync=sync and index == len(batches) - 1, again=True))
         return losses

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
 from ..tensors import local
+from .cheaper_ascent import CheaperAscent
 from .left_out import needs_all_gradients, without_gradients
 from .plan import GradientPlan, WindowResult, added
 from .rng import RngState
@@ -30,10 +31,24 @@ class TwoPass(GradientPlan):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.check_sync_ascent(self.cheaper, self.sync_ascent or self.has_local_ascent)
         self._held: list[Tensor | None] = []
         self._steps_since_fresh = 0
         self._left_out: list[Tensor] = []
         self._can_leave_out = True
+
+    @staticmethod
+    def check_sync_ascent(cheaper: CheaperAscent, sync_ascent: bool) -> None:
+        """Refuse an ascent of each rank's own along a gradient that is the mean over all ranks.
+
+        Raises:
+            UsageError: Naming both options.
+        """
+        if cheaper.gradient == "previous" and not sync_ascent:
+            raise UsageError(
+                "sync_ascent=False: with ascent_gradient='previous' all ranks perturb along the last descent's "
+                "gradient, which is the mean over ranks, and no gradient is sent for it; expected True"
+            )
 
     def bind(self, model: nn.Module) -> None:
         """See :class:`GradientPlan`."""
@@ -89,7 +104,9 @@ class TwoPass(GradientPlan):
             return losses, states
         scale = self._scale_of(window, batches)
         torch._foreach_mul_(local(self.gradients()), scale.float())
-        return [loss * scale.to(loss.dtype) for loss in losses], states
+        # Masks of fewer rows are others after the first layer in any case. Started anew with each micro-batch, numbers
+        # of one would come back in the next.
+        return [loss * scale.to(loss.dtype) for loss in losses], states[:1]
 
     def _scale_of(self, window: Window, batches: Sequence[Any]) -> Tensor:
         """Return what makes the part that some rows have in the step's mean a mean over their own items."""
