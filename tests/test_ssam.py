@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ import pytest
 import reference
 import reference_ssam
 import torch
+from conftest import train, weights
+from ranks import train_on_ranks
 from reference import PROBLEMS, Problem, norm
+from tasks import make_task
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -578,3 +582,20 @@ def test_the_rule_alone() -> None:
     for mask in (torch.ones(3), torch.ones(2, dtype=torch.bool)):
         with pytest.raises(UsageError, match="masks"):
             rule.set_masks([weight], [mask])
+
+
+# ---- On two ranks ---------------------------------------------------------------------------------------------------
+
+
+def test_fewer_fisher_rows_than_ranks(tmp_path: Path) -> None:
+    """A rank that none of the rows is on takes part all the same: DDP sends the model's buffers around."""
+    options = {"optim": "ssam_fisher", "optim_args": "num_samples=1,update_steps=2", "max_steps": 4}
+    case = {"name": "few", "task": "classification", "options": {**options, "per_device_train_batch_size": 4}}
+    few = train_on_ranks(tmp_path, 2, [case], timeout=200)["few"]
+    model, rows = make_task("classification", 32)
+    alone = train(
+        tmp_path / "one", model, rows=rows, train_sampling_strategy="sequential", adam_epsilon=1e-5, **options
+    )
+    assert few["ranks_agree"]
+    for name, expected in weights(alone.model).items():
+        torch.testing.assert_close(few["weights"][name], expected, rtol=1e-4, atol=1e-6, msg=name)

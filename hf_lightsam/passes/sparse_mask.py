@@ -66,9 +66,13 @@ class SparseMask(TwoPass):
         parameters = optimizer.masked_parameters
         scores = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         state = RngState.capture(window.device)
-        for row in self._rows(window, optimizer.num_samples):
+        rows = self._rows(window, optimizer.num_samples)
+        # DDP's first forward of these talks to the other ranks, so a rank without a row runs one for nothing.
+        for row in rows or [select_rows(window.micro_batches[0], slice(0, 1))]:
             window.zero_grad()
             window.backward(row, sync=False, again=True)
+            if not rows:
+                break
             present = [i for i, p in enumerate(parameters) if p.grad is not None]
             gradients = [cast(Tensor, parameters[i].grad) for i in present]
             if not gradients:
