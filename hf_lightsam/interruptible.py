@@ -44,6 +44,8 @@ def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | Non
 def train_interruptibly(trainer: Trainer, checkpoint: str | None, command: Sequence[str]) -> TrainOutput:
     """Train; on Ctrl-C save a checkpoint after the present step, print how to resume, and exit with status 130.
 
+    An interrupt after the last step takes nothing from a training that is done: it returns.
+
     Args:
         trainer: Trains.
         checkpoint: What to resume from, None to start.
@@ -59,7 +61,7 @@ def train_interruptibly(trainer: Trainer, checkpoint: str | None, command: Seque
     finally:
         interrupt.release()
         trainer.remove_callback(interrupt)
-    if interrupt.interrupted:
+    if interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
         _explain(trainer.args.output_dir or ".", trainer.state, command)
         raise SystemExit(INTERRUPTED)
     return output

@@ -341,6 +341,7 @@ class LightSAMTrainingArguments(TrainingArguments):
             names = (*_FIELDS, "validation_fraction", "saved_weights")
             given = [name for name in names if getattr(self, name) is not None]
             given += [f"ascent_{name}" for name in cheaper.changed]
+            given += [name for name in ("replay_rng", "sync_ascent") if not getattr(self, name)]
             if given:
                 raise UsageError(
                     f"{given[0]}={getattr(self, given[0])!r}: not an option of "
@@ -351,7 +352,7 @@ class LightSAMTrainingArguments(TrainingArguments):
         if not is_registered(self.optim):
             return float(TrainingArguments.learning_rate)
         recipe, options = _method_options(self)
-        return float(recipe.arguments(None, options)["lr"])
+        return float(recipe.arguments(None, options, implied=_implied(self))["lr"])
 
 
 @dataclass
@@ -377,7 +378,14 @@ def optimizer_arguments(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]
     recipe, options = _method_options(args)
     check_number("learning_rate", args.learning_rate)
     check_number("weight_decay", args.weight_decay)
-    return recipe, recipe.arguments(args.learning_rate, options)
+    return recipe, recipe.arguments(args.learning_rate, options, implied=_implied(args))
+
+
+def _implied(args: TrainingArguments) -> set[str]:
+    """Return which options come from fields that all ``TrainingArguments`` have, and ask for nothing."""
+    recipe = get_recipe(optim_name(args.optim))
+    given = {name for name in _FIELDS if getattr(args, name, None) is not None}
+    return {"beta1", "beta2", "eps"} - given - recipe.parse(args.optim_args).keys()
 
 
 def _method_options(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]]:

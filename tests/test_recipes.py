@@ -110,6 +110,15 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     **{f"kwargs {name} rho": (kwargs(name, rho=-1.0), ["rho=-1.0", NON_NEGATIVE]) for name in RECIPES},
     **{f"kwargs {name} lr": (kwargs(name, lr=-1.0), ["lr=-1.0", NON_NEGATIVE]) for name in RECIPES},
     "kwargs beta2": (kwargs("lightsam_adam", beta2=1.0), ["betas=(0.9, 1.0)", "1.0 is not in [0, 1)"]),
+    "kwargs beta1 of sgd": (
+        kwargs("sam", descent="sgd", beta1=0.8),
+        ["beta1=0.8", "no option of sam", "descent='sgd'"],
+    ),
+    "kwargs eps of adafactor": (kwargs("asam", descent="adafactor", eps=1e-6), ["eps=1e-06", "descent='adafactor'"]),
+    "kwargs beta2 without Adam": (
+        kwargs("lightsam", ascent="adagrad", descent="adagrad", beta2=0.9),
+        ["beta2=0.9", "ascent='adagrad', descent='adagrad'"],
+    ),
     "kwargs beta1 of sam": (kwargs("sam", beta1=-0.5), ["betas=(-0.5, 0.999)", "-0.5 is not in [0, 1)"]),
     "kwargs momentum": (
         kwargs("sam", momentum=0.9),
@@ -158,7 +167,7 @@ GOOD: dict[str, tuple[str, str, dict[str, Any]]] = {
     "I": ("lightsam_adagrad_norm", "rho_scale=coordinate,rho=2", {"rho": 2.0, "lr_scale": "global"}),
     "I by default": ("lightsam_adagrad_norm", "", {"rho": 0.05, "lr_scale": "coordinate"}),
     "sam": ("sam", "rho=0.1,beta1=0.5,eps=1e-7", {"rho": 0.1, "betas": (0.5, 0.999), "eps": 1e-7}),
-    "sam of sgd": ("sam", "descent=sgd,momentum=0.9,eps=1", {"momentum": 0.9, "rho": 0.05}),
+    "sam of sgd": ("sam", "descent=sgd,momentum=0.9", {"momentum": 0.9, "rho": 0.05}),
     "spaces": ("sam", "  ", {"rho": 0.05}),
 }
 

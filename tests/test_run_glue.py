@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from ranks import start_script
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hf_lightsam import LightSAMTrainingArguments
+from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
 from hf_lightsam.glue.finetuning import num_positions, pick_best_by_metric
 from hf_lightsam.glue.tasks import TextTask
 
@@ -78,6 +78,33 @@ def test_trains_and_evaluates(run_glue, model_dir, data_dir, tmp_path, task, opt
     assert optim in card.text or optim == "adamw_torch_fused"
     assert card.data.eval_results
     assert str(model_dir) not in card.content
+
+
+@pytest.mark.parametrize(("before", "task"), [("single_label_classification", "stsb"), ("regression", "cola")])
+def test_a_checkpoint_of_the_other_kind_of_task(run_glue, model_dir, data_dir, tmp_path, before, task) -> None:
+    """As the recipes start STS-B from MNLI: what the checkpoint says of its own loss is of its own task."""
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "problem_type": before}))
+    line = arguments(other, data_dir, tmp_path / "out", task, ignore_mismatched_sizes=True)
+    run_glue.main(line)
+    trained = AutoConfig.from_pretrained(tmp_path / "out")
+    assert trained.problem_type == ("regression" if task == "stsb" else "single_label_classification")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_ctrl_c_after_the_last_step_takes_nothing_away(run_glue, model_dir, data_dir, tmp_path, monkeypatch) -> None:
+    class Interrupted(LightSAMTrainer):
+        def _end_step(self) -> None:
+            super()._end_step()
+            if self.state.global_step == self.state.max_steps - 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("hf_lightsam.glue.finetuning.LightSAMTrainer", Interrupted)
+    run_glue.main(arguments(model_dir, data_dir, tmp_path))
+    assert (tmp_path / "model.safetensors").is_file()
+    assert (tmp_path / "eval_results.json").is_file()
 
 
 def test_limits_rows_and_predicts(run_glue, model_dir, data_dir, tmp_path) -> None:

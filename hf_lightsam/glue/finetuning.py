@@ -62,7 +62,11 @@ def load_model(arguments: ModelArguments, task: TextTask, tokenizer: PreTrainedT
     source = arguments.model_name_or_path
     options = hub_options(arguments)
     try:
-        config = AutoConfig.from_pretrained(source, num_labels=task.num_labels, finetuning_task=task.name, **options)
+        config = AutoConfig.from_pretrained(source, **options)
+        config.problem_type = None  # a checkpoint of another kind of task would be trained with that one's loss
+        config.num_labels = task.num_labels
+        config.problem_type = "regression" if task.is_regression else "single_label_classification"
+        config.finetuning_task = task.name
         model = AutoModelForSequenceClassification.from_pretrained(
             source, config=config, ignore_mismatched_sizes=arguments.ignore_mismatched_sizes, **options
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -94,12 +94,15 @@ class Recipe:
     paper: str = ""
     copies: str = ""
 
-    def arguments(self, lr: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(
+        self, lr: float | None, options: Mapping[str, Any], *, implied: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Return the keyword arguments of :attr:`optimizer`, beside ``params``.
 
         Args:
             lr: Learning rate; None for the method's default.
             options: Values by the names in :attr:`options`.
+            implied: Those of them that nobody asked for: they are left out where neither movement has them.
 
         Raises:
             UsageError: For an option that the recipe does not take, or a value out of range.
@@ -107,7 +110,14 @@ class Recipe:
         for name in options:
             if name not in self.options:
                 raise UsageError(f"{name}: not an option of {self.name}, which takes {', '.join(self.options)}")
-        arguments = {**self.fixed, **self.prepare(join_betas(dict(options)))}
+        prepared = self.prepare(join_betas(dict(options)))
+        for name, value in options.items():
+            if name not in implied and name not in prepared and not (name in _MOMENTS and "betas" in prepared):
+                movements = [f"{each}={options[each]!r}" for each in ("ascent", "descent") if each in options]
+                raise UsageError(
+                    f"{name}={value!r}: no option of {self.name} with {', '.join(movements)}; expected none"
+                )
+        arguments = {**self.fixed, **prepared}
         arguments = {"lr": self.optimizer.default_lr(**arguments) if lr is None else lr, **arguments}
         self.optimizer([torch.zeros(1, requires_grad=True)], **arguments)  # the optimizer checks its own arguments
         return arguments

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import find_batch_size, recursively_apply
+from accelerate.utils import recursively_apply
 from torch import Tensor
 
 from ..errors import UsageError
@@ -17,10 +18,21 @@ def num_rows(batch: Any) -> int:
     Raises:
         UsageError: If it holds no tensor.
     """
-    size = find_batch_size(batch)
+    size = first_size(batch)
     if size is None:
         raise UsageError(f"micro-batch of type {type(batch).__name__}: it holds no tensor; expected one row a sample")
     return size
+
+
+def first_size(batch: Any) -> int | None:
+    """Return the first dimension of the first tensor that has one, wherever it is among texts and numbers."""
+    if isinstance(batch, Tensor):
+        return batch.size(0) if batch.dim() > 0 else None
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return None
+    return next((size for size in map(first_size, batch) if size is not None), None)
 
 
 def select_rows(batch: Any, rows: slice | Tensor) -> Any:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size
 from torch import Tensor
+
+from .rows import first_size
 
 IGNORED = -100
 """The label that the losses of Transformers leave out."""
@@ -31,4 +32,4 @@ def count_items(batch: Any, *, shifts_labels: bool = False) -> Tensor:
                 labels = labels[..., 1:]
         if isinstance(labels, Tensor):
             return labels.ne(IGNORED).sum()
-    return torch.tensor(find_batch_size(batch) or 1)
+    return torch.tensor(first_size(batch) or 1)

@@ -447,5 +447,5 @@ def _train(trainer: LightSAMTrainer, checkpoint: str | None) -> None:
     finally:
         interrupt.release()
         trainer.remove_callback(interrupt)
-    if interrupt.interrupted:
+    if interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
