@@ -210,7 +210,7 @@ def test_optimizer_costs_and_recipe(settings: dict[str, Any]) -> None:
     assert "| `learning_rate` | 0.0001 |" in training
     assert "No run saw more than 512 training rows" in section(card, "Intended use and limits")
     assert "- torch 2\n" in section(card, "Versions") + "\n"
-    assert "`hf-lightsam card ...` writes this card" in card.text
+    assert "`hf-lightsam card ...` wrote this card; of your own runs name their folder, `glue_output`" in card.text
 
 
 def test_sharpness_where_it_was_measured(settings: dict[str, Any]) -> None:

@@ -93,7 +93,12 @@ def suite_command(found: Measured) -> str:
 def command_note(card_command: str | None) -> str:
     """Return where the rows come from, and the command that makes the card from the results."""
     note = f"This takes GLUE from the hub ({HUB_DATASET}), or with `--data_dir` from a folder in GLUE's own layout."
-    return note if card_command is None else f"{note} Then `{card_command}` writes this card."
+    if card_command is None:
+        return note
+    return (
+        f"{note} `{card_command}` wrote this card; of your own runs name their folder, "
+        f"`{DEFAULTS['output_dir']}` unless `--output_dir` says another."
+    )
 
 
 def versions(lines: pd.DataFrame) -> str:

@@ -232,7 +232,7 @@ class LETSSAM(LearnedRadiusSAM):
             the product with the Hessian itself, for models that can be differentiated twice. Default: ``"diagonal"``.
         **options: As for :class:`SAM`.
 
-    Memory beyond SAM's: two copies of the gradients, with ``"exact"`` three and the graph of a gradient. Cost: four
+    Memory beyond SAM's: two copies of the gradients, with ``"exact"`` up to four and the graph of one. Cost: four
     gradients in a step that updates the radius, two in others.
 
     Raises:
