@@ -18,8 +18,9 @@ import pandas as pd
 import pytest
 from glue_files import ROWS, write_glue
 from ranks import FORKS
+from transformers import TrainerCallback
 
-from hf_lightsam import UsageError
+from hf_lightsam import LightSAMTrainer, UsageError
 from hf_lightsam.checkpoints import complete_checkpoints
 from hf_lightsam.cli import main
 from hf_lightsam.glue.suite import (
@@ -359,6 +360,30 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, glue_dir, tmp_path) -> No
     assert "Traceback" not in out
     assert "0 of 1 runs are done. The same command goes on:" in out
     assert len(complete_checkpoints(run)) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_ctrl_c_with_the_last_step_keeps_the_run(model_dir, glue_dir, tmp_path, monkeypatch, capsys) -> None:
+    class Interrupted(LightSAMTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            self.add_callback(InterruptAtTheEnd())
+            return super().train(*args, **kwargs)
+
+    class InterruptAtTheEnd(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == state.max_steps:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    flags = ["--tasks", "stsb", "--seeds", "1", "--max_steps", "2"]
+    command = line(model_dir, glue_dir, tmp_path, *flags)
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_lightsam.glue.finetuning.LightSAMTrainer", Interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+    assert stopped.value.code == 130
+    assert "1 of 2 runs are done. The same command goes on:" in capsys.readouterr().err
+    main(command)
+    assert len(read_results(tmp_path)) == 2 * 2  # methods, metrics
 
 
 def test_two_processes(model_dir, glue_dir, tmp_path) -> None:

@@ -277,7 +277,7 @@ class Suite:
         measures = RunMeasures(counter)
         trainer.add_callback(measures)
         trainer.add_callback(self._progress)
-        _train(trainer, self._on_main(lambda: _checkpoint(folder)))
+        is_interrupted = _train(trainer, self._on_main(lambda: _checkpoint(folder)))
         scores = self._evaluate(trainer, run, rows)
         for split, test in self._test_splits(run).items():
             task = DIAGNOSTIC if split == DIAGNOSTIC.name else run.task
@@ -293,6 +293,8 @@ class Suite:
             self._write_down(run, trainer, measures, gradients, flatness, scores)
         self._state.wait_for_everyone()
         self._progress.end(run.name, ", ".join(f"{line['metric']} {line['score']:.4f}" for line in scores))
+        if is_interrupted:
+            raise KeyboardInterrupt
 
     def _evaluate(self, trainer: LightSAMTrainer, run: Run, rows: datasets.DatasetDict) -> list[dict[str, Any]]:
         """Return a line for each development split and metric, and write the predictions."""
@@ -439,7 +441,12 @@ def _checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _train(trainer: LightSAMTrainer, checkpoint: str | None) -> None:
+def _train(trainer: LightSAMTrainer, checkpoint: str | None) -> bool:
+    """Train; return whether Ctrl-C came with the last step: then the run is done, and the next one is not to begin.
+
+    Raises:
+        KeyboardInterrupt: If it came before.
+    """
     interrupt = StopOnInterrupt(save=True)
     trainer.add_callback(interrupt)
     try:
@@ -449,3 +456,4 @@ def _train(trainer: LightSAMTrainer, checkpoint: str | None) -> None:
         trainer.remove_callback(interrupt)
     if interrupt.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
+    return interrupt.interrupted
