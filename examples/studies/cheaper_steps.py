@@ -175,8 +175,13 @@ def front(places: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def places(grouped: Mapping[str, Mapping[int, Result]]) -> dict[str, tuple[float, float]]:
-    """Return cost and mean score by name."""
-    return {name: (cost, summary(grouped, name, name).mean) for name, cost in costs(grouped).items()}
+    """Return cost and mean score by name, of those that were run with all seeds: means over fewer are no equals."""
+    most = max((len(own) for own in grouped.values()), default=0)
+    return {
+        name: (cost, summary(grouped, name, name).mean)
+        for name, cost in costs(grouped).items()
+        if len(grouped[name]) == most
+    }
 
 
 def cheapest_as_good(results: Sequence[Result], arguments: StudyArguments) -> tuple[str, float] | None:
@@ -199,8 +204,8 @@ def table(results: Sequence[Result], arguments: StudyArguments) -> str:
     parts = []
     for task in dict.fromkeys(result["task"] for result in results):
         grouped = found(task, results, arguments)
-        where = places(grouped)
-        best = front(where)
+        cost = costs(grouped)
+        best = front(places(grouped))
         lines = []
         for name in grouped:
             own = summary(grouped, name, FULL)
@@ -209,7 +214,7 @@ def table(results: Sequence[Result], arguments: StudyArguments) -> str:
                     name,
                     str(len(own.scores)),
                     "1" if name == BASELINE else f"{gradients(MODES[name]):g}",
-                    f"{where[name][0]:.2f}" if name in where else "",
+                    f"{cost[name]:.2f}" if name in cost else "",
                     f"{own.mean:.3f}",
                     difference(own, 3),
                     difference(summary(grouped, name, BASELINE), 3),
