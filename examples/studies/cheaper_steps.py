@@ -226,10 +226,10 @@ def table(results: Sequence[Result], arguments: StudyArguments) -> str:
         parts += [f"**{task}**", "", markdown(head, lines, numbers_from=1), ""]
     best_of_all = cheapest_as_good(results, arguments)
     if best_of_all is not None:
-        name, cost = best_of_all
+        name, least = best_of_all
         parts += [
             f"The cheapest whose score, on every task, is that of {FULL} as far as the intervals tell: *{name}*, at "
-            f"{cost:.2f} times AdamW's CPU time.",
+            f"{least:.2f} times AdamW's CPU time.",
             "",
         ]
     hours = sum(result["cpu_seconds"] for result in results) / 3600
@@ -237,23 +237,32 @@ def table(results: Sequence[Result], arguments: StudyArguments) -> str:
 
 
 def draw(results: Sequence[Result], arguments: StudyArguments, path: Path) -> None:
-    """Draw, task by task, score over cost, and the front."""
+    """Draw, task by task, score over cost with the interval of the difference to two gradients, and the front."""
     tasks = list(dict.fromkeys(result["task"] for result in results))
-    panels = {task: places(found(task, results, arguments)) for task in tasks}
-    panels = {task: where for task, where in panels.items() if where}
+    panels = {task: found(task, results, arguments) for task in tasks}
+    panels = {task: grouped for task, grouped in panels.items() if places(grouped)}
     if not panels:
         return
+    names = [BASELINE, *MODES]
     figure = new_figure(6.2 * len(panels), 4.2)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (task, where) in zip(axes, panels.items(), strict=True):
-        for index, (name, (cost, score)) in enumerate(where.items()):
-            axis.scatter([cost], [score], color=f"C{index}", label=name, zorder=3)
+    for axis, (task, grouped) in zip(axes, panels.items(), strict=True):
+        where = places(grouped)
+        for name, (cost, score) in where.items():
+            index = names.index(name)
+            style = {"color": f"C{index}", "marker": "os"[index // 10], "label": name}  # there are ten colours
+            if name != FULL and FULL in where:
+                own = summary(grouped, name, FULL)
+                ends = [[own.difference - own.interval()[0]], [own.interval()[1] - own.difference]]
+                axis.errorbar([cost], [score], yerr=ends, lw=0.8, ls="none", zorder=3, **style)
+            else:
+                axis.plot([cost], [score], ls="none", zorder=3, **style)
         best = front(where)
         axis.plot([where[name][0] for name in best], [where[name][1] for name in best], color="0.6", lw=1.0)
         axis.set_xlabel("CPU time over AdamW's")
         axis.set_title(task)
     axes[0].set_ylabel("score, mean over seeds")
-    axes[-1].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     figure.savefig(path, dpi=120)
 
 
