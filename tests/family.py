@@ -43,7 +43,7 @@ FAMILY: dict[str, Method] = {
     "ssam_fisher": Method({"num_samples": 4, "update_steps": 3}, evaluations="2 (+ single rows at a Fisher refresh)"),
     "ssam_dynamic": Method({"update_steps": 2}, evaluations="2 (+ single rows at a Fisher refresh)"),
     "esam": Method({"gamma": 0.5, "beta": 0.6}, 1.5, 1.0, evaluations="1 + gamma (+ a forward)"),
-    "sampa": Method(evaluations="2 (1 after another on an even number of processes)"),
+    "sampa": Method(evaluations="2 (one on each of two processes, at once, where their number is even)"),
     # The Adam that moves the radius scales up what is left of the difference of two losses, and its rounding.
     "lets_sam": Method({"validation_fraction": 0.2}, 4.0, 0.0, "2 + 2/rho_update_steps", 1e-5, 25, 30),
     "lets_asam": Method({"rho": 0.5, "validation_fraction": 0.2}, 4.0, 0.0, "2 + 2/rho_update_steps", 1e-5, 25, 30),

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_args, make_bert, make_rows, train, weights
-from ranks import train_on_ranks
+from processes import train_on_ranks
 from tasks import make_task
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import make_args, make_rows, train
-from ranks import train_on_ranks
+from processes import train_on_ranks
 from tasks import TASKS, make_task
 from torch import nn
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_bert, make_rows, train, weights
 from peft import LoraConfig, get_peft_model
-from ranks import train_on_ranks
+from processes import train_on_ranks
 from reference import SGD, AdamW, small_network
 from reference_esam import ESAMReference
 from tasks import TASKS, make_gpt2, make_task

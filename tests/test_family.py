@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from conftest import assert_same_weights, make_args, make_bert, make_rows, train, weights
 from family import FAMILY
-from ranks import train_on_ranks
+from processes import train_on_ranks
 from tasks import make_task
 from test_precision import Scaled
 from torch import nn

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_args, make_bert, make_rows, train
-from ranks import launch
+from processes import launch
 from reference import PROBLEMS, Problem
 from reference_lets import LETS, SGD, AdamW
 from torch import Tensor, nn

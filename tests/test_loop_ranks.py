@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from ranks import train_on_ranks
+from processes import train_on_ranks
 from tasks import TASKS, make_task
 
 SCRIPTS = Path(__file__).parent / "scripts"

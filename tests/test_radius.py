@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_weights, make_args, train, weights
-from ranks import train_on_ranks
+from processes import train_on_ranks
 from tasks import make_task
 from torch import Tensor
 

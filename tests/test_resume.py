@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CORE, assert_same_weights, make_args, make_bert, make_rows, train
-from ranks import start_script
+from processes import start_script
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 

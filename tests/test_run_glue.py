@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 from huggingface_hub import ModelCard
-from ranks import start_script
+from processes import start_script
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_args, make_bert, make_rows, train
-from ranks import train_on_ranks
+from processes import train_on_ranks
 from reference import PROBLEMS
 from reference_sampa import SAMPa as Reference
 from reference_sampa import adamw_ahead, sgd_ahead

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_args, make_bert, make_rows
 from datasets import Dataset
-from ranks import train_on_ranks
+from processes import train_on_ranks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lightsam import LightSAMTrainer, UsageError

@@ -14,7 +14,7 @@ import reference
 import reference_ssam
 import torch
 from conftest import train, weights
-from ranks import train_on_ranks
+from processes import train_on_ranks
 from reference import PROBLEMS, Problem, norm
 from tasks import make_task
 from torch import Tensor

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from glue_files import ROWS, write_glue
-from ranks import FORKS
+from processes import FORKS
 from transformers import TrainerCallback
 
 from hf_lightsam import LightSAMTrainer, UsageError

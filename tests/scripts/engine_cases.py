@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from conftest import make_args
-from ranks import run_cases
+from processes import run_cases
 from tasks import make_task
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor

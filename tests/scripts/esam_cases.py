@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from loop_cases import counter, flat, windows
-from ranks import run_cases
+from processes import run_cases
 from tasks import make_task
 
 from hf_lightsam.loop import SharpnessAwareLoop

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from ranks import run_cases
+from processes import run_cases
 from tasks import make_task
 from torch import Tensor, nn
 

@@ -20,7 +20,7 @@ import torch
 import train_cases
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from ranks import run_cases
+from processes import run_cases
 from tasks import make_task
 from torch import Tensor, nn
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from accelerate import PartialState
 from conftest import make_args, make_bert, make_rows
-from ranks import run_cases
+from processes import run_cases
 from transformers import EvalPrediction
 
 from hf_lightsam import LightSAMTrainer

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from conftest import train, weights
-from ranks import run_cases
+from processes import run_cases
 from tasks import make_task
 
 from hf_lightsam import UsageError
