@@ -46,6 +46,8 @@ def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 
 PAIRS = [(task, method) for task in TASKS for method in METHODS]
+ON_FOUR = list(zip(TASKS, METHODS, strict=False))
+"""Each task and each method once: four processes wait for each other on two cores."""
 LOCAL = {"sync_ascent": False}
 OWN_MEANS = {"average_tokens_across_devices": False}
 SAVING = {"save_strategy": "steps", "save_steps": 4}
@@ -78,7 +80,7 @@ def two(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def four(folder: Path, two: dict[str, Any]) -> dict[str, Any]:
-    cases = [case(f"{t} {m} 2x1", t, m, 2, 1) for t, m in PAIRS]
+    cases = [case(f"{t} {m} 2x1", t, m, 2, 1) for t, m in ON_FOUR]
     other = case("other ranks", "classification", "lightsam_adam", 2, 1, **LOCAL)
     other["resume"] = str(folder / "two" / "lightsam_adam local" / "out" / "checkpoint-4")
     return train_on_ranks(folder / "four", 4, [*cases, other])
@@ -98,8 +100,9 @@ def test_ranks_and_pieces_change_nothing(
         "pieces": one[f"{name} 2x4"],
         "two ranks": two[f"{name} 4x1"],
         "two ranks in pieces": two[f"{name} 2x2"],
-        "four ranks": four[f"{name} 2x1"],
     }
+    if (task, method) in ON_FOUR:
+        others["four ranks"] = four[f"{name} 2x1"]
     for split, result in others.items():
         assert result["ranks_agree"], split
         assert relative_difference(result["weights"], large["weights"]) < 1e-6, split
