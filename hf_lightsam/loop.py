@@ -18,6 +18,7 @@ from .optim import SharpnessAwareOptimizer
 from .passes import CheaperAscent, Window, frozen_running_statistics, modules_with_running_statistics, unscale
 from .passes.no_sync import no_sync
 from .passes.row_losses import FromOutputs, RowLosses, recorded_row_losses
+from .passes.rows import num_rows
 from .validation_rows import BatchesByNumber
 
 ComputeLoss = Callable[[nn.Module, Any], Tensor]
@@ -117,7 +118,7 @@ class SharpnessAwareLoop:
         self.model = model
         self.optimizer = optimizer
         self.compute_loss = compute_loss
-        self.count_items = count_items or _count_rows
+        self.count_items = count_items or num_rows
         self.max_grad_norm = max_grad_norm
         self.row_losses = row_losses
         if inner.plan_class.needs_validation != (validation_batches is not None):
@@ -241,9 +242,3 @@ class _LoopWindow(Window):
 
     def unscale(self, gradients: Sequence[Tensor]) -> None:
         unscale(gradients, self.loop.accelerator.scaler)
-
-
-def _count_rows(batch: Any) -> int:
-    """Return the length of the first tensor of a micro-batch."""
-    tensors = batch.values() if isinstance(batch, Mapping) else batch
-    return next(len(tensor) for tensor in tensors if isinstance(tensor, Tensor))

@@ -351,8 +351,8 @@ class LightSAMTrainingArguments(TrainingArguments):
     def _default_learning_rate(self) -> float:
         if not is_registered(self.optim):
             return float(TrainingArguments.learning_rate)
-        recipe, options = _method_options(self)
-        return float(recipe.arguments(None, options, implied=_implied(self))["lr"])
+        recipe, options, implied = _method_options(self)
+        return float(recipe.arguments(None, options, implied=implied)["lr"])
 
 
 @dataclass
@@ -375,21 +375,17 @@ def optimizer_arguments(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]
     Raises:
         UsageError: As for :class:`LightSAMTrainingArguments`.
     """
-    recipe, options = _method_options(args)
+    recipe, options, implied = _method_options(args)
     check_number("learning_rate", args.learning_rate)
     check_number("weight_decay", args.weight_decay)
-    return recipe, recipe.arguments(args.learning_rate, options, implied=_implied(args))
+    return recipe, recipe.arguments(args.learning_rate, options, implied=implied)
 
 
-def _implied(args: TrainingArguments) -> set[str]:
-    """Return which options come from fields that all ``TrainingArguments`` have, and ask for nothing."""
-    recipe = get_recipe(optim_name(args.optim))
-    given = {name for name in _FIELDS if getattr(args, name, None) is not None}
-    return {"beta1", "beta2", "eps"} - given - recipe.parse(args.optim_args).keys()
+def _method_options(args: TrainingArguments) -> tuple[Recipe, dict[str, Any], set[str]]:
+    """Return the method of training arguments, its options by their names in the recipe, and which are only implied.
 
-
-def _method_options(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]]:
-    """Return the method of training arguments, and its options by their names in the recipe."""
+    Those come from fields that all ``TrainingArguments`` have, and ask for nothing.
+    """
     recipe = get_recipe(optim_name(args.optim))
     shared = {"beta1": args.adam_beta1, "beta2": args.adam_beta2, "eps": args.adam_epsilon}
     parsed = recipe.parse(args.optim_args)
@@ -402,4 +398,5 @@ def _method_options(args: TrainingArguments) -> tuple[Recipe, dict[str, Any]]:
             )
     if isinstance(fields.get("roles"), str):  # the one option that is text on a command line and more in Python
         fields |= recipe.parse(f"roles={fields['roles']}", "roles")
-    return recipe, {name: value for name, value in shared.items() if name in recipe.options} | parsed | fields
+    implied = {name: value for name, value in shared.items() if name in recipe.options}
+    return recipe, implied | parsed | fields, implied.keys() - parsed.keys() - fields.keys()

@@ -42,13 +42,18 @@ def start_script(script: Path, arguments: Sequence[str], log: Path, environment:
 def _run_script(script: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    write_output_to(log)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     torch.set_num_threads(1)
     runpy.run_path(script, run_name="__main__")
+
+
+def write_output_to(log: str | Path) -> None:
+    """Send what this process prints into a file."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def launch(script: Path, folder: Path, num_ranks: int, *arguments: str, timeout: float = 500.0) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from glue_files import ROWS, write_glue
-from processes import FORKS
+from processes import FORKS, write_output_to
 from transformers import TrainerCallback
 
 from hf_lightsam import LightSAMTrainer, UsageError
@@ -313,10 +313,8 @@ def test_killed_at_every_kind_of_point(uninterrupted, model_dir, glue_dir, tmp_p
 def run_in_process(command: list[str], log: Path, environment: dict[str, str]) -> None:
     """Run a command with its output in a file; started as a process of its own."""
     os.environ.update(environment)
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        main(command)
+    write_output_to(log)
+    main(command)
 
 
 def start(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Any:

@@ -190,12 +190,13 @@ def cheapest_as_good(results: Sequence[Result], arguments: StudyArguments) -> tu
     It keeps it where the interval of the paired difference reaches 0. None where no mode has two seeds on all tasks.
     """
     tasks = [found(task, results, arguments) for task in dict.fromkeys(result["task"] for result in results)]
+    paid = [costs(grouped) for grouped in tasks]
     kept: dict[str, float] = {}
     for name in MODES:
-        if name == FULL or not all(name in costs(grouped) and FULL in grouped for grouped in tasks):
+        if name == FULL or not all(name in cost and FULL in cost for cost in paid):
             continue
         if all(summary(grouped, name, FULL).interval()[1] >= -TOLERANCE for grouped in tasks):  # NaN: one seed
-            kept[name] = statistics.fmean(costs(grouped)[name] for grouped in tasks)
+            kept[name] = statistics.fmean(cost[name] for cost in paid)
     return min(kept.items(), key=lambda item: item[1]) if kept else None
 
 
