@@ -24,6 +24,36 @@ CORE = ("lightsam_adam", "lightsam_adagrad", "lightsam_adagrad_norm", "sam")
 """Methods that stand for the whole family where only the core is looked at; test_family.py goes through all."""
 
 
+LONG = (
+    "test_tutorials",
+    "test_family",
+    "test_distributed",
+    "test_launch",
+    "test_trainer_gpu",
+    "test_benchmarks",
+    "test_sampa",
+    "test_features",
+    "test_dry_run",
+    "test_esam",
+    "test_trainer",
+    "test_loop_ranks",
+    "test_lets",
+    "test_suite",
+    "test_site",
+    "test_optim_sharded",
+    "test_model_card",
+    "test_overparameterization",
+    "test_low_data",
+)
+"""Modules that take long, the longest first: workers that end with short ones end together (they take whole modules,
+in the order in which these are collected, as ``--no-loadscope-reorder`` says)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
 def make_bert(num_labels: int = 2, dropout: float = 0.1, seed: int = 0) -> BertForSequenceClassification:
     torch.manual_seed(seed)
     return BertForSequenceClassification(

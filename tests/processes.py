@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -105,6 +106,7 @@ def train_on_ranks(
 def run_cases(folder: Path, run: Callable[[dict[str, Any]], Any]) -> None:
     """In a launched script: run the cases of ``folder``, let rank 0 write the results, and end the process."""
     torch.set_num_threads(1)
+    gc.freeze()  # every Trainer collects garbage: what the imports made need not be looked through each time
     results = {case["name"]: run(case) for case in json.loads((folder / "cases.json").read_text())}
     is_distributed = torch.distributed.is_initialized()
     if not is_distributed or torch.distributed.get_rank() == 0:

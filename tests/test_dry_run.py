@@ -175,7 +175,6 @@ def launch(script: str, *arguments: str, folder: Path, **environment: str) -> su
 @pytest.mark.parametrize(
     ("script", "told"),
     [
-        ("bf16.sh", ["bf16 autocast", "1 on cpu, no engine"]),
         ("ddp.sh", ["bf16 autocast", "2 on cpu, DDP", "4 rows x 1 micro-batches x 2 processes a step"]),
         ("fsdp2.sh", ["bf16 autocast", "2 on cpu, FSDP2, weights sharded", "roberta of width 16"]),
     ],
@@ -194,9 +193,16 @@ def test_launch_scripts_try_themselves_out_without_a_gpu(script: str, told: list
 
 @pytest.mark.skipif(os.name != "posix", reason="shell scripts")
 @pytest.mark.usefixtures("_own_temporary_folder")
-@pytest.mark.parametrize("script", ["cpu.sh", "one_gpu.sh"])
+@pytest.mark.parametrize(
+    ("script", "precision"), [("cpu.sh", None), ("one_gpu.sh", "no"), ("bf16.sh", "bf16")], ids=["cpu", "gpu", "bf16"]
+)
 def test_launch_scripts_of_one_process_in_this_one(
-    run_glue: ModuleType, script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_glue: ModuleType,
+    script: str,
+    precision: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What they hand to accelerate, and what that does then, without the seconds that one more interpreter takes."""
     stub = tmp_path / "temporary" / "bin" / "accelerate"
@@ -211,13 +217,16 @@ def test_launch_scripts_of_one_process_in_this_one(
     assert done.returncode == 0, done.stderr
     line = record.read_text().splitlines()
     configured = ["launch", "--config_file", str(EXAMPLES / "accelerate_configs" / "cpu.yaml")]
-    configured += ["--mixed_precision", "no"] if script == "one_gpu.sh" else []
+    configured += ["--mixed_precision", precision] if precision else []
     assert line[: len(configured) + 1] == [*configured, str(EXAMPLES / "run_glue.py")]
     assert line[-3:] == flags
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision or "no")  # as accelerate hands it over
     run_glue.main(line[len(configured) + 1 :])
     said = capsys.readouterr().out
     assert "bert of width 16, by its name, in place of google-bert/bert-base-cased" in said
     assert "invented ones of qnli" in said
+    assert "1 on cpu, no engine" in said
+    assert ("bf16 autocast" in said) == (precision == "bf16")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="shell scripts")

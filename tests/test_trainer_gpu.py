@@ -265,16 +265,17 @@ def engine_cases(folder: Path, engine: str) -> list[dict[str, Any]]:
     return cases
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module", params=["cpu", TWO_GPUS])
-def results(request: pytest.FixtureRequest, engine: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+# DDP on CPUs is test_distributed.py's, for more tasks and methods.
+@pytest.fixture(
+    scope="module",
+    params=[("cpu", "fsdp2"), *(pytest.param(("cuda", engine), marks=gpus(2)) for engine in ("ddp", "fsdp2"))],
+    ids="-".join,
+)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    device, engine = request.param
     folder = tmp_path_factory.mktemp(engine)
-    results = train_under_engine(folder, engine, 2, engine_cases(folder, engine), device=request.param)
-    return {"device": request.param, **results}
+    results = train_under_engine(folder, engine, 2, engine_cases(folder, engine), device=device)
+    return {"device": device, "engine": engine, **results}
 
 
 @pytest.fixture(scope="module")
@@ -306,14 +307,14 @@ def tolerance(device: str) -> float:
 
 
 @pytest.mark.parametrize(("task", "method"), PAIRS)
-def test_two_devices_train_as_one(results: dict[str, Any], engine: str, one: Any, task: str, method: str) -> None:
+def test_two_devices_train_as_one(results: dict[str, Any], one: Any, task: str, method: str) -> None:
     device = results["device"]
     expected = one(device, task, method)
     names = [f"{task} {method} 4x1", *([f"{task} {method} 2x2"] if method == "sam" else [])]
     for name in names:
         result = results[name]
         assert (result["steps"], result["world_size"], result["device"]) == (STEPS, 2, device)
-        assert result["sharded"] == (engine == "fsdp2")
+        assert result["sharded"] == (results["engine"] == "fsdp2")
         assert result["ranks_agree"], name
         assert difference(vector(result["weights"]), expected["weights"], expected["start"]) < tolerance(device), name
         for log, other in zip(result["logs"], expected["logs"], strict=True):
@@ -322,8 +323,8 @@ def test_two_devices_train_as_one(results: dict[str, Any], engine: str, one: Any
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
-def test_checkpoints_of_two_devices_resume(results: dict[str, Any], engine: str, kind: str) -> None:
-    if engine == "ddp" and kind == "sharded":
+def test_checkpoints_of_two_devices_resume(results: dict[str, Any], kind: str) -> None:
+    if results["engine"] == "ddp" and kind == "sharded":
         pytest.skip("DDP has no shards")
     whole, resumed = results[kind], results[f"{kind} resumed"]
     assert whole["ranks_agree"]
@@ -345,10 +346,10 @@ def test_bf16_on_two_devices(results: dict[str, Any], one: Any) -> None:
     assert 1e-3 < error < 0.3, error
 
 
-def test_a_local_ascent_on_two_devices(results: dict[str, Any], engine: str, one: Any) -> None:
+def test_a_local_ascent_on_two_devices(results: dict[str, Any], one: Any) -> None:
     """Under DDP each rank's own perturbation; shards are of one common one, so that FSDP2 is refused."""
     result = results["local"]
-    if engine == "fsdp2":
+    if results["engine"] == "fsdp2":
         assert "FSDP under sync_ascent=False" in result["error"]
         return
     expected = one(results["device"], "classification", "sam")
