@@ -32,6 +32,18 @@ FORKS.set_forkserver_preload(
 )
 
 
+FSDP2_ON_CPUS = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "HF_LIGHTSAM_TEST_DEVICE": "cpu",
+}
+"""What ``accelerate launch`` tells processes with the configuration of ``engines.py``, and where they train."""
+
+
 def start_script(script: Path, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Any:
     """Start a script in a process of its own, as ``python script arguments`` with ``environment`` and its output in a
     file; what the script imports is there already."""
@@ -57,7 +69,14 @@ def write_output_to(log: str | Path) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def launch(script: Path, folder: Path, num_ranks: int, *arguments: str, timeout: float = 500.0) -> None:
+def launch(
+    script: Path,
+    folder: Path,
+    num_ranks: int,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 500.0,
+) -> str:
     """Run a script on so many processes of this machine, as torchrun would: one that fails ends the others.
 
     Args:
@@ -65,7 +84,11 @@ def launch(script: Path, folder: Path, num_ranks: int, *arguments: str, timeout:
         folder: Where the processes' outputs go.
         num_ranks: Processes.
         *arguments: Of the script.
+        environment: More of it.
         timeout: Seconds.
+
+    Returns:
+        What the processes printed.
 
     Raises:
         AssertionError: With the output of all processes, if one of them failed or did not end.
@@ -74,7 +97,7 @@ def launch(script: Path, folder: Path, num_ranks: int, *arguments: str, timeout:
         found.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
     settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "LOCAL_WORLD_SIZE": str(num_ranks)}
-    shared = {**os.environ, **settings, **address, "WORLD_SIZE": str(num_ranks)}
+    shared = {**os.environ, **settings, **address, "WORLD_SIZE": str(num_ranks), **(environment or {})}
     logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
     processes = [
         start_script(script, arguments, log, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -89,17 +112,22 @@ def launch(script: Path, folder: Path, num_ranks: int, *arguments: str, timeout:
         if process.exitcode is None:
             process.kill()
         process.join()
-    told = "\n".join(f"--- rank {rank}:\n{log.read_text()[-4000:]}" for rank, log in enumerate(logs) if log.exists())
-    assert [process.exitcode for process in processes] == [0] * num_ranks, told
+    told = [log.read_text() if log.exists() else "" for log in logs]
+    ends = "\n".join(f"--- rank {rank}:\n{text[-4000:]}" for rank, text in enumerate(told))
+    assert [process.exitcode for process in processes] == [0] * num_ranks, ends
+    return "".join(told)
 
 
 def train_on_ranks(
-    folder: Path, num_ranks: int, cases: list[dict[str, Any]], script: Path | None = None, timeout: float = 500.0
+    folder: Path, num_ranks: int, cases: list[dict[str, Any]], script: Path | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Run all cases of a script (:data:`SCRIPT` if none is given) in one launch; return their results by name."""
+    """Run all cases of a script (:data:`SCRIPT` if none is given) in one launch; return their results by name.
+
+    Options are :func:`launch`'s.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    launch(script or SCRIPT, folder, num_ranks, str(folder), timeout=timeout)
+    launch(script or SCRIPT, folder, num_ranks, str(folder), **options)
     return torch.load(folder / "results.pt", weights_only=False)
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import sentence
+from processes import launch as run_on_ranks
 from processes import start_script
 
 from hf_lightsam import LightSAMSeq2SeqTrainingArguments, LightSAMTrainer, LightSAMTrainingArguments, UsageError
@@ -174,12 +175,14 @@ def test_run_glue_on_two_processes(model_dir: Path, data_dir: Path, tmp_path: Pa
 
 
 def test_an_unmodified_script_on_two_processes(model_dir: Path, csv_files: list[str], tmp_path: Path) -> None:
-    said = launch(
-        *TWO, "-m", "hf_lightsam.launch", str(UNMODIFIED), *flags(model_dir, csv_files, tmp_path, "--optim", "sam")
+    script = tmp_path / "run.py"  # `hf-lightsam run`, in processes that have imported what it needs
+    script.write_text("from hf_lightsam.launch import main; main()\n")
+    said = run_on_ranks(
+        script, tmp_path, 2, str(UNMODIFIED), *flags(model_dir, csv_files, tmp_path / "out", "--optim", "sam")
     )
     assert "in place of those of transformers" in said
-    assert all("sharpness" in log for log in train_logs(tmp_path)[:3])
-    assert train_logs(tmp_path)[1]["epoch"] == 1.0  # 2 steps of 8 rows on each of two processes: all of the 32
+    assert all("sharpness" in log for log in train_logs(tmp_path / "out")[:3])
+    assert train_logs(tmp_path / "out")[1]["epoch"] == 1.0  # 2 steps of 8 rows on each of two processes: all of the 32
 
 
 @pytest.fixture
@@ -214,7 +217,9 @@ def test_run_glue_without_the_trainer(
     # Two pieces on one process, one on each of two: the same windows, were the rows not shuffled.
     without_the_trainer.main(arguments("one", 2))
     assert "processes: 1, steps: 3" in capsys.readouterr().out
-    assert "processes: 2, steps: 3" in launch(*TWO, str(EXAMPLES / "run_glue_no_trainer.py"), *arguments("two", 1))
+    assert "processes: 2, steps: 3" in run_on_ranks(
+        EXAMPLES / "run_glue_no_trainer.py", tmp_path, 2, *arguments("two", 1)
+    )
     for name in ("one", "two"):
         assert "matthews_correlation" in json.loads((tmp_path / name / "eval_results.json").read_text())
         assert (tmp_path / name / "model.safetensors").is_file()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import engines
 import numpy as np
 import pytest
 import reference
@@ -18,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from conftest import assert_same_weights, make_args, make_bert, make_rows, train
-from processes import train_on_ranks
+from processes import FSDP2_ON_CPUS, train_on_ranks
 from reference import PROBLEMS
 from reference_sampa import SAMPa as Reference
 from reference_sampa import adamw_ahead, sgd_ahead
@@ -670,13 +669,13 @@ def test_running_statistics_are_shared(two: dict[str, Any], four: dict[str, Any]
         assert not torch.equal(two["norm"]["buffers"][name], torch.full((16,), float("var" in name)))
 
 
-def test_shards_take_both_gradients_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_take_both_gradients_together(folder: Path) -> None:
     """Under FSDP2, also where the run goes on after a forward pass that has gathered weights and no backward."""
-    monkeypatch.setattr(engines, "SCRIPT", SCRIPTS / "sampa_cases.py")
     whole = trained("whole", "classification", "sgd", 4, 1, max_steps=6, save_strategy="steps", save_steps=3)
     resumed = trained("resumed", "classification", "sgd", 4, 1, max_steps=6)
     resumed["resume"] = str(folder / "fsdp" / "whole" / "out" / "checkpoint-3")
-    results = engines.train_under_engine(folder / "fsdp", "fsdp2", 2, [whole, resumed], device="cpu")
+    script = SCRIPTS / "sampa_cases.py"
+    results = train_on_ranks(folder / "fsdp", 2, [whole, resumed], script, environment=FSDP2_ON_CPUS)
     case = trained("one", "classification", "sgd", 8, 1, max_steps=6)
     expected = vector(sampa_cases.run(folder / "one", case)["weights"])
     for result in results.values():

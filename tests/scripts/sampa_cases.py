@@ -119,7 +119,7 @@ def run_loop(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    if "HF_LIGHTSAM_TEST_DEVICE" in os.environ:  # launched by ``engines.py``
+    if "HF_LIGHTSAM_TEST_DEVICE" in os.environ:  # under an engine
         import engine_cases
 
         return engine_cases.run(folder, case)
