@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import make_bert
+from processes import start_script
 from transformers import BertTokenizerFast
 
 from hf_lightsam.cli import main
@@ -75,18 +74,19 @@ def test_bad_input_is_told_in_a_line(
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(encoder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hf_lightsam", *flags(encoder, tmp_path, "--num_train_epochs", "200")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    script = tmp_path / "command.py"
+    script.write_text("from hf_lightsam.cli import main; main()\n")
+    log = tmp_path / "log"
+    process = start_script(script, flags(encoder, tmp_path, "--num_train_epochs", "200"), log, os.environ)
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob("*/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, out
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    out = log.read_text()
+    assert process.exitcode == 130, out
     assert "Traceback" not in out
     assert "--resume_from_checkpoint" in out
     (checkpoint,) = tmp_path.glob("*/checkpoint-*")

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import transformers.trainer
 from accelerate.state import AcceleratorState
+from processes import launch as run_on_ranks
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_lightsam import LightSAMTrainingArguments
@@ -172,23 +173,44 @@ def launch(script: str, *arguments: str, folder: Path, **environment: str) -> su
 
 @pytest.mark.skipif(os.name != "posix", reason="shell scripts")
 @pytest.mark.usefixtures("_own_temporary_folder")
-@pytest.mark.parametrize(
-    ("script", "told"),
-    [
-        ("ddp.sh", ["bf16 autocast", "2 on cpu, DDP", "4 rows x 1 micro-batches x 2 processes a step"]),
-        ("fsdp2.sh", ["bf16 autocast", "2 on cpu, FSDP2, weights sharded", "roberta of width 16"]),
-    ],
-)
-def test_launch_scripts_try_themselves_out_without_a_gpu(script: str, told: list[str], tmp_path: Path) -> None:
-    arguments = ["--dry_run"]
-    if script == "fsdp2.sh":
-        arguments += ["--recipe", str(EXAMPLES / "recipes" / "roberta_large.yaml"), "--task_name", "cola"]
-    done = launch(script, *arguments, folder=tmp_path, LAYER="RobertaLayer" if script == "fsdp2.sh" else "BertLayer")
+def test_a_launch_script_tries_itself_out_without_a_gpu(tmp_path: Path) -> None:
+    arguments = ["--dry_run", "--recipe", str(EXAMPLES / "recipes" / "roberta_large.yaml"), "--task_name", "cola"]
+    done = launch("fsdp2.sh", *arguments, folder=tmp_path, LAYER="RobertaLayer")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("Dry run passed.") == 1, "once, not by every process"
-    for part in told:
+    for part in ("bf16 autocast", "2 on cpu, FSDP2, weights sharded", "roberta of width 16"):
         assert part in done.stdout
     assert left(tmp_path) == []
+
+
+def handed_to_accelerate(script: str, *arguments: str, folder: Path) -> list[str]:
+    """Return the arguments that a launch script calls ``accelerate`` with: flags, ``run_glue.py``, and its own."""
+    stub = folder / "temporary" / "bin" / "accelerate"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$RECORD"\n')
+    stub.chmod(0o755)
+    record = folder / "temporary" / "record"
+    path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
+    done = launch(script, *arguments, folder=folder, RECORD=str(record), PATH=path)
+    assert done.returncode == 0, done.stderr
+    return record.read_text().splitlines()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shell scripts")
+@pytest.mark.usefixtures("_own_temporary_folder")
+def test_a_launch_script_of_two_processes_in_forked_ones(tmp_path: Path) -> None:
+    line = handed_to_accelerate("ddp.sh", "--dry_run", folder=tmp_path)
+    configured = ["launch", "--config_file", str(EXAMPLES / "accelerate_configs" / "ddp.yaml")]
+    configured += ["--num_processes", "2", "--main_process_port", "0"]
+    assert line[: len(configured) + 1] == [*configured, str(EXAMPLES / "run_glue.py")]
+    own = line[len(configured) + 1 :]
+    assert own[-1] == "--dry_run"
+    logs = tmp_path / "temporary"
+    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as accelerate hands over what the configuration says
+    said = run_on_ranks(EXAMPLES / "run_glue.py", logs, 2, *own, environment=precision)
+    assert said.count("Dry run passed.") == 1, "once, not by every process"
+    for part in ("bf16 autocast", "2 on cpu, DDP", "4 rows x 1 micro-batches x 2 processes a step"):
+        assert part in said
 
 
 @pytest.mark.skipif(os.name != "posix", reason="shell scripts")
@@ -205,17 +227,8 @@ def test_launch_scripts_of_one_process_in_this_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What they hand to accelerate, and what that does then, without the seconds that one more interpreter takes."""
-    stub = tmp_path / "temporary" / "bin" / "accelerate"
-    stub.parent.mkdir()
-    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$RECORD"\n')
-    stub.chmod(0o755)
-    record = tmp_path / "temporary" / "record"
     flags = ["--dry_run", "--task_name", "qnli"]
-    done = launch(
-        script, *flags, folder=tmp_path, RECORD=str(record), PATH=f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
-    )
-    assert done.returncode == 0, done.stderr
-    line = record.read_text().splitlines()
+    line = handed_to_accelerate(script, *flags, folder=tmp_path)
     configured = ["launch", "--config_file", str(EXAMPLES / "accelerate_configs" / "cpu.yaml")]
     configured += ["--mixed_precision", precision] if precision else []
     assert line[: len(configured) + 1] == [*configured, str(EXAMPLES / "run_glue.py")]

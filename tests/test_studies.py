@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 
 
-def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(STUDIES / script), *flags], capture_output=True, text=True, check=False)
+@pytest.fixture
+def parameter_agnostic(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(STUDIES))
+    import parameter_agnostic
+
+    return parameter_agnostic
 
 
-def test_parameter_agnostic_runs_and_prints(tmp_path: Path) -> None:
+def test_parameter_agnostic_runs_and_prints(
+    parameter_agnostic: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--lr", "0.01", "10", "--rho", "0.1", "--num_steps", "200", "--num_processes", "1"]
-    done = run("parameter_agnostic.py", *flags, "--output_dir", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    parameter_agnostic.main([*flags, "--output_dir", str(tmp_path)])
     results = json.loads((tmp_path / "parameter_agnostic.json").read_text())
     assert len(results) == 10
     verdicts = {(result["method"], result["lr"]): result["verdict"] for result in results}
@@ -27,7 +31,7 @@ def test_parameter_agnostic_runs_and_prints(tmp_path: Path) -> None:
     assert verdicts["LightSAM-I", 10.0] != "diverges"
     assert verdicts["LightSAM-II", 0.01] == "falls"
     assert (tmp_path / "parameter_agnostic.png").read_bytes().startswith(b"\x89PNG")
-    assert "### LightSAM-III, decaying" in done.stdout
+    assert "### LightSAM-III, decaying" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -39,11 +43,8 @@ def test_parameter_agnostic_runs_and_prints(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input(
-    flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str], told: str, parameter_agnostic: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(STUDIES))
-    import parameter_agnostic
-
     with pytest.raises(SystemExit) as stopped:
         parameter_agnostic.main(flags)
     assert stopped.value.code == 2
