@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import launch
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -153,10 +155,18 @@ def test_a_trainer_that_fails_is_told() -> None:
         turns.take()
 
 
-def test_scaling_over_two_processes(tmp_path: Path) -> None:
+def test_scaling_over_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An ascent that is not synchronised sends what AdamW sends; one that is, twice that."""
     import scaling
 
+    def forked(command: list[str], check: bool) -> None:
+        """In torchrun's place, without the seconds that interpreters take to begin."""
+        assert check
+        assert "--nproc_per_node=2" in command
+        script = command.index(scaling.__file__)
+        launch(Path(scaling.__file__), tmp_path, 2, *command[script + 1 :])
+
+    monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(run=forked))
     flags = ["--processes", "2", "--batch_size", "1", "--length", "8", "--repetitions", "1"]
     scaling.main([*flags, "--results", str(tmp_path / "r.json")])
     (result,) = scaling.read(tmp_path / "r.json")
