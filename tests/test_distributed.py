@@ -74,6 +74,7 @@ def two(folder: Path) -> dict[str, Any]:
         resumed = case(f"{m} local resumed", "classification", m, 4, 1, **LOCAL)
         resumed["resume"] = str(folder / "two" / f"{m} local" / "out" / "checkpoint-4")
         cases.append(resumed)
+    cases.append(case("bf16", "classification", "lightsam_adam", 4, 1, bf16=True))
     cases.append({**case("unequal", "classification", "sam", 2, 1, max_steps=12), "num_rows": 45})
     return train_on_ranks(folder / "two", 2, cases)
 
@@ -110,6 +111,15 @@ def test_ranks_and_pieces_change_nothing(
             assert log["sharpness"] == pytest.approx(expected["sharpness"], rel=1e-3, abs=2e-6), split
             for key in ("loss", "ascent_grad_norm", "grad_norm", "perturbation_norm"):
                 assert log[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (split, key)
+
+
+def test_autocast_to_bfloat16_on_two_ranks(one: dict[str, Any], two: dict[str, Any]) -> None:
+    start, whole = vector(dict(make_task("classification")[0].state_dict())), one["classification lightsam_adam 8x1"]
+    result, expected = two["bf16"], vector(whole["weights"])
+    assert result["ranks_agree"]
+    assert all(tensor.dtype == torch.float32 for tensor in result["weights"].values())
+    error = (vector(result["weights"]) - expected).norm() / (expected - start).norm()
+    assert 1e-3 < error < 0.3, error
 
 
 def sam_by_hand(task: str, pieces: int, *, local: bool, own_means: bool) -> dict[str, torch.Tensor]:
