@@ -9,6 +9,7 @@ import os
 import runpy
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,16 +46,19 @@ FSDP2_ON_CPUS = {
 
 
 def start_script(script: Path, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Any:
-    """Start a script in a process of its own, as ``python script arguments`` with ``environment`` and its output in a
-    file; what the script imports is there already."""
-    process = FORKS.Process(target=_run_script, args=(str(script), list(arguments), str(log), dict(environment)))
+    """Start a script in a process of its own, as ``python script arguments`` here, with ``environment`` and its
+    output in a file; what the script imports is there already."""
+    places = (os.getcwd(), str(script), list(arguments), str(log), dict(environment))
+    process = FORKS.Process(target=_run_script, args=places)
     process.start()
     return process
 
 
-def _run_script(script: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _run_script(folder: str, script: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
+    tempfile.tempdir = None  # to be found anew, by what the environment says
     write_output_to(log)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))

@@ -183,13 +183,19 @@ def test_a_launch_script_tries_itself_out_without_a_gpu(tmp_path: Path) -> None:
     assert left(tmp_path) == []
 
 
-def handed_to_accelerate(script: str, *arguments: str, folder: Path) -> list[str]:
+@pytest.fixture
+def aside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what a test leaves, where :func:`left` does not look."""
+    return tmp_path_factory.mktemp("aside")
+
+
+def handed_to_accelerate(script: str, *arguments: str, folder: Path, aside: Path) -> list[str]:
     """Return the arguments that a launch script calls ``accelerate`` with: flags, ``run_glue.py``, and its own."""
-    stub = folder / "temporary" / "bin" / "accelerate"
+    stub = aside / "bin" / "accelerate"
     stub.parent.mkdir()
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$RECORD"\n')
     stub.chmod(0o755)
-    record = folder / "temporary" / "record"
+    record = aside / "record"
     path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
     done = launch(script, *arguments, folder=folder, RECORD=str(record), PATH=path)
     assert done.returncode == 0, done.stderr
@@ -197,20 +203,25 @@ def handed_to_accelerate(script: str, *arguments: str, folder: Path) -> list[str
 
 
 @pytest.mark.skipif(os.name != "posix", reason="shell scripts")
-@pytest.mark.usefixtures("_own_temporary_folder")
-def test_a_launch_script_of_two_processes_in_forked_ones(tmp_path: Path) -> None:
-    line = handed_to_accelerate("ddp.sh", "--dry_run", folder=tmp_path)
+def test_a_launch_script_of_two_processes_in_forked_ones(
+    tmp_path: Path, aside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not this process's temporary folder, where a server of forks that starts now would bind a socket: too long a name.
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path)
+    line = handed_to_accelerate("ddp.sh", "--dry_run", folder=tmp_path, aside=aside)
     configured = ["launch", "--config_file", str(EXAMPLES / "accelerate_configs" / "ddp.yaml")]
     configured += ["--num_processes", "2", "--main_process_port", "0"]
     assert line[: len(configured) + 1] == [*configured, str(EXAMPLES / "run_glue.py")]
     own = line[len(configured) + 1 :]
     assert own[-1] == "--dry_run"
-    logs = tmp_path / "temporary"
-    precision = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as accelerate hands over what the configuration says
-    said = run_on_ranks(EXAMPLES / "run_glue.py", logs, 2, *own, environment=precision)
+    # What the configuration says, as accelerate hands it over.
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16", "TMPDIR": str(tmp_path / "temporary")}
+    said = run_on_ranks(EXAMPLES / "run_glue.py", aside, 2, *own, environment=environment)
     assert said.count("Dry run passed.") == 1, "once, not by every process"
     for part in ("bf16 autocast", "2 on cpu, DDP", "4 rows x 1 micro-batches x 2 processes a step"):
         assert part in said
+    assert left(tmp_path) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="shell scripts")
@@ -223,12 +234,13 @@ def test_launch_scripts_of_one_process_in_this_one(
     script: str,
     precision: str | None,
     tmp_path: Path,
+    aside: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What they hand to accelerate, and what that does then, without the seconds that one more interpreter takes."""
     flags = ["--dry_run", "--task_name", "qnli"]
-    line = handed_to_accelerate(script, *flags, folder=tmp_path)
+    line = handed_to_accelerate(script, *flags, folder=tmp_path, aside=aside)
     configured = ["launch", "--config_file", str(EXAMPLES / "accelerate_configs" / "cpu.yaml")]
     configured += ["--mixed_precision", precision] if precision else []
     assert line[: len(configured) + 1] == [*configured, str(EXAMPLES / "run_glue.py")]
@@ -240,6 +252,8 @@ def test_launch_scripts_of_one_process_in_this_one(
     assert "invented ones of qnli" in said
     assert "1 on cpu, no engine" in said
     assert ("bf16 autocast" in said) == (precision == "bf16")
+    assert said.count("Dry run passed.") == 1
+    assert left(tmp_path) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="shell scripts")

@@ -201,18 +201,9 @@ def test_run_glue_without_the_trainer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def arguments(name: str, pieces: int) -> list[str]:
-        return [
-            *[
-                "--model_name_or_path",
-                str(model_dir),
-                "--data_dir",
-                str(data_dir),
-                "--output_dir",
-                str(tmp_path / name),
-            ],
-            *["--task_name", "cola", "--num_train_epochs", "1", "--cpu", "true"],
-            *["--gradient_accumulation_steps", str(pieces)],
-        ]
+        model = ["--model_name_or_path", str(model_dir), "--data_dir", str(data_dir), "--cpu", "true"]
+        training = ["--task_name", "cola", "--num_train_epochs", "1", "--gradient_accumulation_steps", str(pieces)]
+        return [*model, *training, "--output_dir", str(tmp_path / name)]
 
     # Two pieces on one process, one on each of two: the same windows, were the rows not shuffled.
     without_the_trainer.main(arguments("one", 2))
