@@ -100,8 +100,8 @@ def test_each_method_has_as_many_learning_rates_and_lets_takes_sams() -> None:
     points = list(low_data.search_points("sst2", low_data.StudyArguments()))
     rates = {optim: {p["lr"] for p in points if p["optim"] == optim} for optim in low_data.METHODS}
     assert rates["sam"] == rates[low_data.BASELINE] == set(low_data.RATES)
-    assert rates["lightsam_adagrad"] == {1.5e-4, 4.5e-4, 1.5e-3}
-    assert rates["adasam"] == {5e-6, 1.5e-5, 5e-5}
+    assert rates["lightsam_adagrad"] == {4.5e-5, 1.5e-4, 4.5e-4, 1.5e-3}
+    assert rates["adasam"] == {1.5e-6, 5e-6, 1.5e-5, 5e-5}
     assert rates["lets_sam"] == set()
     assert {p["seed"] for p in points} == set(low_data.SEARCH_SEEDS)
     assert {p["judge"] for p in points} == {low_data.HELD}
@@ -134,6 +134,9 @@ def test_scores_have_no_noise_and_methods_share_all_settings_but_their_own() -> 
     assert len(shared) == len(low_data.cells("sst2", arguments))
     assert {p["rho"] for p in points if p["optim"] in ("sam", "lets_sam")} == {0.005, 0.05, 0.5}
     assert {p["rho"] for p in points if p["optim"] == "lightsam_adam"} == {0.05}
+    assert {p["rho"] for p in points if p["optim"] == "sam" and p["label_noise"] == 0.4} == {0.005, 0.05}
+    without = low_data.study_points("sst2", 4, rates, low_data.StudyArguments(noise_radii=[0.0]))
+    assert {p["rho"] for p in without if p["label_noise"]} == {None, 0.05}
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -296,6 +299,7 @@ def test_study_on_the_demos_rows_goes_on_where_it_was_killed(
         (["--train_rows", "5000"], "demo has 1080 rows"),
         (["--train_rows", "0"], "train_rows=0"),
         (["--noise", "1.5"], "noise=1.5"),
+        (["--noise_radii", "-1"], "noise_radii=-1"),
         (["--num_steps", "0"], "num_steps=0"),
         (["--search_rates", "nan"], "search_rates=nan"),
         (["--tasks", "nosuch"], "nosuch"),
