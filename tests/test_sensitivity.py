@@ -322,6 +322,33 @@ def test_grids_hold_the_learning_rates_that_all_methods_have() -> None:
     assert len(grids["LightSAM-III"].scores) == 4
 
 
+def test_best_points_are_compared_seed_by_seed() -> None:
+    """The best point is that of the mean over seeds; differences are to AdamW's best, of the seeds that both have."""
+    import sensitivity
+    from finetuning import Run
+
+    base = Run()
+    best = {"adamw_torch_fused": [0.7, 0.8], "sam": [0.75, 0.81, 0.9]}
+    results = []
+    for run in sensitivity.grid_points(base, ["AdamW", "SAM"], [5e-5, 5e-4], [0.05, 0.5]):
+        at_best = run.lr == 5e-4 and run.rho in (None, 0.5)
+        scores = best[run.optim] if at_best else [0.76]  # above what both have of seed 0
+        results += [
+            {**dataclasses.replace(run, seed=seed).settings(), "score": score}
+            for seed, score in reversed(list(enumerate(scores)))
+        ]
+    results = [result for result in results if result["optim"] == "sam" or result["lr"] == 5e-4]
+    results += [{**dataclasses.replace(base, optim="adamw_torch_fused", lr=5e-5).settings(), "score": None}]
+    scores = sensitivity.Scores(results, Run, worst=0.0)
+    options = (sensitivity.LR, sensitivity.RHO, sensitivity.LR, sensitivity.REMEDY_RHO, 0.01)
+    problem = sensitivity.Problem("a problem", base, scores, *options)
+    rows = "\n".join(problem.seeds()).splitlines()
+    assert rows[2] == "| AdamW | -, 0.0005 | 0.700 | 0.800 |  | 0.750 |  |"
+    assert rows[3] == "| SAM | 0.5, 0.0005 | 0.750 | 0.810 | 0.900 | 0.820 | +0.030 [+0.010, +0.050] |"
+    one_seed = sensitivity.Scores([result for result in results if result["seed"] == 0], Run, worst=0.0)
+    assert dataclasses.replace(problem, scores=one_seed).seeds() == []
+
+
 def test_the_synthetic_problem() -> None:
     from parameter_agnostic import Problem
     from synthetic import WORST, SyntheticRun, minimize

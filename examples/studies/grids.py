@@ -102,11 +102,11 @@ def summary(grids: Mapping[str, Grid], defaults: Mapping[str, Point], tolerance:
             name,
             f"{len(grid.scores)} x {'-'.join(map(str, seeds))}",
             f"{grid.means[grid.best]:.3f}",
-            _point(grid.best),
+            point_name(grid.best),
             f"{grid.median:.3f}",
             f"{grid.share_within(tolerance):.0%}",
             f"{grid.share_within(tolerance, best_of_all):.0%}",
-            "not run" if math.isnan(regret) else f"{grid.means[default]:.3f} at {_point(default)}",
+            "not run" if math.isnan(regret) else f"{grid.means[default]:.3f} at {point_name(default)}",
             "" if math.isnan(regret) else f"{regret:.3f}",
         )
         lines.append(cells)
@@ -131,10 +131,10 @@ def transfer(chosen_on: Mapping[str, Grid], judged_on: Mapping[str, Grid]) -> st
         was_run = grid.best in other.means
         cells = (
             name,
-            _point(grid.best),
+            point_name(grid.best),
             f"{grid.means[grid.best]:.3f}",
             f"{other.means[grid.best]:.3f}" if was_run else "not run",
-            f"{other.means[other.best]:.3f} at {_point(other.best)}",
+            f"{other.means[other.best]:.3f} at {point_name(other.best)}",
             f"{other.regret(grid.best):.3f}" if was_run else "",
         )
         lines.append(cells)
@@ -165,7 +165,8 @@ def claims(problems: Mapping[str, Mapping[str, Grid]], digits: int = 3) -> str:
     return markdown(["best (over radii, at its learning rate)", *problems], lines, numbers_from=1)
 
 
-def _point(point: Point) -> str:
+def point_name(point: Point) -> str:
+    """Return what to call a point in a table."""
     rho, lr = point
     return f"{'-' if rho is None else f'{rho:g}'}, {lr:g}"
 

@@ -36,12 +36,13 @@ from typing import Any
 from command import check_table_stands_alone, parse
 from encoders import check_layers, check_width
 from finetuning import DEMO, Run, fine_tune, has_radius
-from grids import Grid, claims, draw, summary, table, transfer
+from grids import Grid, Point, claims, draw, point_name, summary, table, transfer
 from record import Result, read, run_missing, setting
 from synthetic import WORST, SyntheticRun, minimize
 
 from hf_lightsam import UsageError
 from hf_lightsam.errors import report_usage_errors
+from hf_lightsam.glue.suite.statistics import summarize
 from hf_lightsam.glue.suite.tables import markdown
 from hf_lightsam.optim.recipes import get_recipe
 
@@ -256,9 +257,14 @@ class Scores:
         """Return the results of a run, one a seed."""
         return list(self.results.get(self._key(run), {}).values())
 
+    def by_seed(self, run: Any) -> dict[int, float]:
+        """Return the scores of a run by seed, rising."""
+        made = sorted(self.made(run), key=lambda result: int(result["seed"]))
+        return {result["seed"]: self.worst if result["score"] is None else result["score"] for result in made}
+
     def of(self, run: Any) -> list[float]:
         """Return the scores of a run, one a seed."""
-        return [self.worst if result["score"] is None else result["score"] for result in self.made(run)]
+        return list(self.by_seed(run).values())
 
     def mean(self, run: Any) -> float:
         """Return the mean over seeds; NaN if the run was not made."""
@@ -307,6 +313,31 @@ class Problem:
             name: Grid({point: scores for point, scores in grid.scores.items() if point[1] in shared}, grid.worst)
             for name, grid in grids.items()
         }
+
+    def seeds(self) -> list[str]:
+        """Return the table of each method's best point, seed by seed, with its difference to AdamW's of the same seed.
+
+        Empty where no method has several seeds there.
+        """
+        best: dict[str, tuple[Point, dict[int, float]]] = {}
+        for name, grid in self.grids().items():
+            rho, lr = grid.best
+            run = dataclasses.replace(self.base, optim=METHODS[name], rho=rho, lr=lr)
+            best[name] = (grid.best, self.scores.by_seed(run))
+        seeds = sorted({seed for _, scores in best.values() for seed in scores})
+        if len(seeds) < 2:
+            return []
+        _, baseline = best["AdamW"]
+        lines = []
+        for name, (place, scores) in best.items():
+            found = summarize(scores, None if name == "AdamW" else baseline)
+            low, high = found.interval() if found.differences else (math.nan, math.nan)
+            difference = f"{found.difference:+.3f}" if found.differences else ""
+            interval = "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
+            cells = [f"{scores[seed]:.3f}" if seed in scores else "" for seed in seeds]
+            lines.append([name, point_name(place), *cells, f"{found.mean:.3f}", difference + interval])
+        head = ["method", "best: rho, lr", *(f"seed {seed}" for seed in seeds), "mean", "difference to AdamW's best"]
+        return [markdown(head, lines, numbers_from=1), ""]
 
     def remedies(self) -> list[str]:
         """Return the table of remedies: score by radius, at each learning rate."""
@@ -435,16 +466,16 @@ def parts(folder: Path) -> dict[str, str]:
     found = problems(folder)
     if not found:
         raise UsageError(f"results_dir={str(folder)!r}: expected a folder that holds {REAL} or {SYNTHETIC}")
-    names = ("claims", "grids", "lengths", "transfer", "remedies", "safeguard", "units", "time")
+    names = ("claims", "grids", "seeds", "lengths", "transfer", "remedies", "safeguard", "units", "time")
     tables: dict[str, list[str]] = {name: [] for name in names}
     for problem in found:
         grids = problem.grids()
         if len(grids) == len(METHODS):
             defaults = {name: default_point(METHODS[name]) for name in grids}
             tables["grids"] += [f"**{problem.title}**", "", summary(grids, defaults, problem.tolerance), ""]
-            lengths = problem.lengths()
-            if lengths:
-                tables["lengths"] += [f"**{problem.title}**", "", *lengths]
+            for name, rows in (("seeds", problem.seeds()), ("lengths", problem.lengths())):
+                if rows:
+                    tables[name] += [f"**{problem.title}**", "", *rows]
         for name, rows in (("remedies", problem.remedies()), ("safeguard", problem.safeguard())):
             if rows:
                 tables[name] += [f"**{problem.title}**", "", *rows]
