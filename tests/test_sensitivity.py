@@ -300,6 +300,7 @@ def test_a_block_runs_prints_and_goes_on(
     out = capsys.readouterr().out
     assert "| demo, coordinate, bias corrected | seeds | rho 1e-07 |" in out
     assert "| 12.0M weights from scratch, lr 0.0015 | 2 | 0.70" in out
+    assert "| 12.0M weights from scratch, lr 0.0005 | 2 | 0.70" in out
     assert "| 36.0M weights pretrained, lr 5e-05 | 2 | 0.70" in out
 
 

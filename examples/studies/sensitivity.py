@@ -79,13 +79,11 @@ REMEDY_RHO = RHO[1:]
 SYNTHETIC_LR = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 SYNTHETIC_RHO = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 SYNTHETIC_REMEDY_LR, SYNTHETIC_REMEDY_RHO = (1e-2, 1e-1), SYNTHETIC_RHO
-SCRATCH = {"train_rows": 8000, "layers": 2, "batch_size": 32, "lr": 1.5e-3}
+SCRATCH = {"train_rows": 8000, "layers": 2, "batch_size": 32}
 """What a small Transformer from scratch needs."""
 
 SIZES: tuple[dict[str, Any], ...] = (
-    {**SCRATCH, "width": 32},
-    {**SCRATCH, "width": 64},
-    {**SCRATCH, "width": 256},
+    *({**SCRATCH, "lr": lr, "width": width} for lr in (5e-4, 1.5e-3) for width in (32, 64, 256)),
     {"train_rows": 1000, "layers": 6, "lr": 5e-5},
 )
 SCALES: dict[str, tuple[str, tuple[float, ...]]] = {
