@@ -350,6 +350,31 @@ def test_best_points_are_compared_seed_by_seed() -> None:
     assert dataclasses.replace(problem, scores=one_seed).seeds() == []
 
 
+def test_lines_by_radius_are_of_the_same_seeds() -> None:
+    """A line with more seeds than the others would be compared with them on easier or harder rows."""
+    import sensitivity
+    from finetuning import Run
+
+    runs = {optim: [Run(optim=optim, rho=rho) for rho in (0.05, 0.5)] for optim in ("sam", "adasam")}
+    seeds = {"sam": (0, 1), "adasam": (0,)}
+    results = [
+        {**dataclasses.replace(run, seed=seed).settings(), "score": 0.5 + run.rho / 10 + 0.2 * seed}
+        for optim in runs
+        for run in runs[optim]
+        for seed in seeds[optim]
+        if (optim, run.rho, seed) != ("adasam", 0.5, 0)
+    ]
+    scores = sensitivity.Scores(results, Run, worst=0.0)
+    lines = "\n".join(sensitivity.by_radius("x", {name: (part, scores) for name, part in runs.items()})).splitlines()
+    assert lines[2:4] == ["| sam | 1 | 0.505 | 0.550 |", "| adasam | 1 | 0.505 |  |"]
+    of_sam = "\n".join(sensitivity.by_radius("x", {"sam": (runs["sam"], scores)}))
+    assert "| sam | 2 | 0.605 | 0.650 |" in of_sam
+    other = {"adasam": (runs["adasam"], sensitivity.Scores([{**results[1], "optim": "adasam"}], Run, worst=0.0))}
+    apart = sensitivity.by_radius("x", {"sam": (runs["sam"], sensitivity.Scores(results[:1], Run, 0.0)), **other})
+    assert "| sam | 0 |  |  |" in "\n".join(apart)
+    assert sensitivity.by_radius("x", {"sam": (runs["sam"], sensitivity.Scores([], Run, 0.0))}) == []
+
+
 def test_the_synthetic_problem() -> None:
     from parameter_agnostic import Problem
     from synthetic import WORST, SyntheticRun, minimize

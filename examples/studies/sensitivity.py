@@ -264,11 +264,6 @@ class Scores:
         """Return the scores of a run, one a seed."""
         return list(self.by_seed(run).values())
 
-    def mean(self, run: Any) -> float:
-        """Return the mean over seeds; NaN if the run was not made."""
-        scores = self.of(run)
-        return statistics.fmean(scores) if scores else math.nan
-
     def grid(self, runs: Iterable[Any]) -> Grid:
         """Return the grid of some runs, of those that were made."""
         return Grid({(run.rho, run.lr): self.of(run) for run in runs if self.of(run)}, self.worst)
@@ -391,17 +386,24 @@ class Problem:
 
 
 def by_radius(title: str, rows: Mapping[str, tuple[Sequence[Any], Scores]]) -> list[str]:
-    """Return a table with a line for each name and a column for each radius; lines without a result are left out."""
+    """Return a table with a line for each name and a column for each radius; lines without a result are left out.
+
+    All means are over the seeds that all of its runs have, so that lines differ by nothing else.
+    """
     radii: list[float] = next(([run.rho for run in runs] for runs, _ in rows.values() if runs[0].rho is not None), [])
+    found = {name: [scores.by_seed(run) for run in runs] for name, (runs, scores) in rows.items()}
+    found = {name: cells for name, cells in found.items() if any(cells)}
+    if not found:
+        return []
+    shared = set.intersection(*(set(by_seed) for cells in found.values() for by_seed in cells if by_seed))
     head = [title, "seeds", *(f"rho {rho:g}" for rho in radii)]
-    lines: list[list[str]] = []
-    for name, (runs, scores) in rows.items():
-        means = [scores.mean(run) for run in runs]
-        if any(not math.isnan(mean) for mean in means):
-            seeds = max(len(scores.of(run)) for run in runs)
-            cells = ["" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
-            lines.append([name, str(seeds), *cells])
-    return [markdown(head, lines, numbers_from=1), ""] if lines else []
+    lines = []
+    for name, cells in found.items():
+        means = [
+            f"{statistics.fmean(by_seed[s] for s in shared):.3f}" if by_seed and shared else "" for by_seed in cells
+        ]
+        lines.append([name, str(len(shared)), *means])
+    return [markdown(head, lines, numbers_from=1), ""]
 
 
 def problems(folder: Path) -> list[Problem]:
