@@ -18,7 +18,7 @@ FACTORED: dict[str, type[Rule]] = {"adam": FactoredAdam, "adagrad": FactoredAdaG
 ASCENT_STATES = ("full", "factored")
 LEARNING_RATES = {"adam": 5e-5, "adagrad": 5e-4, "adagrad_norm": 5e-4}
 """Default learning rates by the form of the descent: a choice of this package, made on SST-2 and checked on STS-B, with
-a pretrained encoder and one seed (``docs/evidence/sensitivity.md``). Accumulators that never forget a gradient make
+a pretrained encoder (``docs/evidence/sensitivity.md``). Accumulators that never forget a gradient make
 steps shrink as 1/sqrt(t)."""
 
 
