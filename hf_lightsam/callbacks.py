@@ -126,8 +126,10 @@ class StopOnInterrupt(TrainerCallback):
     """Lets Ctrl-C end training after the present step, with a checkpoint from which it can be resumed.
 
     The first interrupt asks for a checkpoint at the end of the step and stops training, so none is ever cut off while
-    it is being written; ``interrupted`` is then True. A second one interrupts at once, and leaves the checkpoints
-    written before as they are. Outside the main thread, where Python delivers no signals, it does nothing.
+    it is being written; ``interrupted`` is then True. An evaluation that is due after this very step is made first, as
+    in a run that goes on; within an epoch, what is due at the end of one is not. A second interrupt interrupts at once,
+    and leaves the checkpoints written before as they are. Outside the main thread, where Python delivers no signals, it
+    does nothing.
 
     Args:
         save: Whether to write a checkpoint. Default: unless ``save_strategy`` is ``"no"``.
@@ -152,7 +154,8 @@ class StopOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt
         self.interrupted = True
         print(
-            "\nInterrupted: finishing this step and saving. Press Ctrl-C again to stop at once.",
+            "\nInterrupted: finishing this step (and an evaluation that is due after it) and saving. "
+            "Press Ctrl-C again to stop at once.",
             file=sys.stderr,
             flush=True,
         )
@@ -163,9 +166,23 @@ class StopOnInterrupt(TrainerCallback):
         """Ask for a checkpoint and the end."""
         if self.interrupted:
             control.should_training_stop = True
-            control.should_save = args.save_strategy != "no" if self._save is None else self._save
-            control.should_evaluate = False
+            control.should_save = self._saves(args)
         return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Take back what the Trainer does at an epoch's end, which it comes to here within an epoch, too."""
+        if self.interrupted and state.global_step < state.max_steps:
+            has_ended = float(state.epoch or 0.0).is_integer()
+            if has_ended:  # anew, after an evaluation that moves torch's random numbers
+                control.should_save = control.should_save or self._saves(args)
+            else:
+                control.should_log = control.should_evaluate = control.should_save = False
+        return control
+
+    def _saves(self, args: TrainingArguments) -> bool:
+        return args.save_strategy != "no" if self._save is None else self._save
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,7 +17,7 @@ from processes import start_script
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from hf_lightsam import LightSAMTrainer, UsageError
+from hf_lightsam import LightSAMTrainer, StopOnInterrupt, UsageError
 from hf_lightsam.checkpoints import RANK_STATE, UNFINISHED, complete_checkpoints, is_complete
 
 OPTIONS: dict[str, Any] = {
@@ -130,6 +130,55 @@ def test_sigterm(tmp_path: Path) -> None:
     assert checkpoint.name == "checkpoint-5"
     whole = train(tmp_path / "whole", **{**OPTIONS, "save_strategy": "no"})
     assert_same_run(go_on(tmp_path, save_strategy="no"), whole)
+
+
+class Interrupt(LightSAMTrainer):
+    """Gets Ctrl-C in a step."""
+
+    at = 0
+
+    def _end_step(self) -> None:
+        super()._end_step()
+        if self.state.global_step + 1 == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_ctrl_c_between_evaluations(tmp_path: Path, strategy: str, step: int) -> None:
+    """Within an epoch the Trainer would evaluate where it stops, and save again after that: of 8 steps, 4 an epoch.
+
+    Where an evaluation is due at the very step (of the strategy "steps" at 6) it is not left out.
+    """
+    options: dict[str, Any] = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        **{f"{name}_strategy": strategy for name in ("eval", "save", "logging")},
+        **{f"{name}_steps": 3 for name in ("eval", "save", "logging")},
+    }
+    rows = {"train_dataset": make_rows(16), "eval_dataset": make_rows(8)}
+
+    def make(folder: Path, cls: type[LightSAMTrainer] = LightSAMTrainer) -> LightSAMTrainer:
+        return cls(make_bert(), make_args(folder, **options), **rows)
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    stopped = make(tmp_path, Interrupt)
+    callback = StopOnInterrupt()
+    stopped.add_callback(callback)
+    stopped.at = step
+    stopped.train()
+    assert callback.interrupted and stopped.state.global_step == step
+    resumed = make(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+    evaluated = [
+        [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+        for trainer in (resumed, whole)
+    ]
+    assert evaluated[0] == evaluated[1]
+    assert len(evaluated[0]) == {"epoch": 2, "steps": 3}[strategy]
 
 
 # ---- Checkpoints that are not whole ---------------------------------------------------------------------------------
