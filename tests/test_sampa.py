@@ -485,6 +485,14 @@ LOOPS: dict[str, dict[str, Any]] = {
     "overflow": {"sizes": [[5], [3]], "scaler": True, "spoilt": [2], "steps": 4},
 }
 SAVING = {"save_strategy": "steps", "save_steps": 4}
+EVALUATED: dict[str, dict[str, Any]] = {
+    "evaluated": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4},
+    "not evaluated": {},
+}
+HELD: dict[str, dict[str, Any]] = {
+    "previous": {"optim": "sam", "ascent_gradient": "previous", "max_steps": 4},
+    "every": {"optim": "sam", "ascent_every": 2, "max_steps": 4},
+}
 OWN_MEANS = {"average_tokens_across_devices": False}
 
 
@@ -675,7 +683,15 @@ def test_shards_take_both_gradients_together(folder: Path) -> None:
     resumed = trained("resumed", "classification", "sgd", 4, 1, max_steps=6)
     resumed["resume"] = str(folder / "fsdp" / "whole" / "out" / "checkpoint-3")
     script = SCRIPTS / "sampa_cases.py"
-    results = train_on_ranks(folder / "fsdp", 2, [whole, resumed], script, environment=FSDP2_ON_CPUS)
+    others = [
+        trained(f"{name} {evaluates}", "classification", "sgd", 4, 1, **EVALUATED[evaluates], **options)
+        for name, options in HELD.items()
+        for evaluates in EVALUATED
+    ]
+    results = train_on_ranks(folder / "fsdp", 2, [whole, resumed, *others], script, environment=FSDP2_ON_CPUS)
+    for name in HELD:  # of other methods, too, whose step begins with a perturbation
+        weights = [vector(results.pop(f"{name} {evaluates}")["weights"]) for evaluates in EVALUATED]
+        assert torch.equal(*weights), name
     case = trained("one", "classification", "sgd", 8, 1, max_steps=6)
     expected = vector(sampa_cases.run(folder / "one", case)["weights"])
     for result in results.values():

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from accelerate.utils import honor_type, recursively_apply, send_to_device
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
@@ -61,7 +60,7 @@ class Parallel(GradientPlan):
     Args:
         optimizer: Perturbs the weights and moves them ahead.
         interpolation: :math:`\lambda`, from 0 to 1.
-        model: Whose parameters these are, without wrappers; its running statistics and its shards need a hand.
+        model: Whose parameters these are, without wrappers; its running statistics need a hand.
         **options: Of :class:`GradientPlan`.
 
     Raises:
@@ -90,7 +89,6 @@ class Parallel(GradientPlan):
         super().__init__(optimizer, replay_rng=False, sync_ascent=True, cheaper=cheaper)
         self.interpolation = interpolation
         self._with_running_statistics = [] if model is None else modules_with_running_statistics(model)
-        self._sharded = [] if model is None else [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._previous: list[_Rows] = []
         self._previous_loss: Tensor | None = None
 
@@ -146,8 +144,6 @@ class Parallel(GradientPlan):
 
     def _run_all(self, window: Window, rows: Sequence[_Rows], *, sync: bool, again: bool) -> list[list[Tensor]]:
         """Run the rows of one or two ranks forward and backward, at moved weights; return the losses of each."""
-        for module in self._sharded:  # FSDP2 keeps what an evaluation has gathered, at the weights before the move
-            module.reshard()
         losses = []
         for index, of_rank in enumerate(rows):
             theirs = window.with_rows(of_rank.micro_batches, of_rank.total)

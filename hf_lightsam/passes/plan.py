@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..errors import UsageError
 from .cheaper_ascent import CheaperAscent
@@ -80,6 +81,7 @@ class GradientPlan(ABC):
         self.sync_ascent = sync_ascent and not self.has_local_ascent
         self.cheaper = cheaper or CheaperAscent()
         self.check_cheaper(self.cheaper)
+        self._sharded: list[FSDPModule] = []
 
     @classmethod
     def check_cheaper(cls, cheaper: CheaperAscent) -> None:
@@ -109,6 +111,10 @@ class GradientPlan(ABC):
         """
         self.optimizer.restore()  # of a window that was broken off, as are the gradients
         window.zero_grad()
+        for (
+            module
+        ) in self._sharded:  # keeps what an evaluation has gathered, and would run with it after a perturbation
+            module.reshard()
         if not self.optimizer.wants_ascent:  # the only gradient, which all ranks share whatever is asked of an ascent
             return WindowResult(self.first_pass(window, window.micro_batches, sync=True)[0])
         if self._comes_before_the_start(window):
@@ -142,7 +148,7 @@ class GradientPlan(ABC):
         """Do what comes after the optimizer's step, with the new weights; return measures (default: nothing)."""
         return {}
 
-    def bind(self, model: nn.Module) -> None:  # noqa: B027  # nothing is a good answer
+    def bind(self, model: nn.Module) -> None:
         """Tell the plan whose gradients it takes: called before training, with the model as it is trained.
 
         Args:
@@ -151,6 +157,7 @@ class GradientPlan(ABC):
         Raises:
             UsageError: For a model with which an option of the plan does not work.
         """
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def check_ranks(self, world_size: int) -> None:  # noqa: B027  # nothing is a good answer
         """Refuse a number of processes with which the plan cannot work (default: none).
@@ -174,7 +181,7 @@ class GradientPlan(ABC):
         Args:
             window: Runs them.
             batches: Micro-batches or parts of them.
-            sync: Average the gradient over ranks with the last of them.
+            sync: Average the gradient over ranks with the last of them (or with each, :attr:`Window.syncs_each_batch`).
 
         Returns:
             Their losses, and the random numbers' states to hand to :meth:`second_pass`.
@@ -183,7 +190,8 @@ class GradientPlan(ABC):
         for index, batch in enumerate(batches):
             if self.replay_rng:
                 states.append(RngState.capture(window.device))
-            losses.append(window.backward(batch, sync=sync and index == len(batches) - 1))
+            is_last = index == len(batches) - 1 or window.syncs_each_batch
+            losses.append(window.backward(batch, sync=sync and is_last))
         return losses, states
 
     def second_pass(
@@ -197,7 +205,8 @@ class GradientPlan(ABC):
         for index, batch in enumerate(batches):
             if self.replay_rng and index < len(states):
                 states[index].restore()
-            losses.append(window.backward(batch, sync=sync and index == len(batches) - 1, again=True))
+            is_last = index == len(batches) - 1 or window.syncs_each_batch
+            losses.append(window.backward(batch, sync=sync and is_last, again=True))
         return losses
 
     def perturb(self, window: Window, measures: dict[str, Tensor], *, measure: bool) -> None:

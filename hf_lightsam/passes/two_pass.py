@@ -52,6 +52,7 @@ class TwoPass(GradientPlan):
 
     def bind(self, model: nn.Module) -> None:
         """See :class:`GradientPlan`."""
+        super().bind(model)
         if self.cheaper.rows < 1.0 and modules_with_running_statistics(model):
             raise UsageError(
                 f"ascent_rows={self.cheaper.rows!r}: the model has running statistics (BatchNorm), which would be "

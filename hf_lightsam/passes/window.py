@@ -28,6 +28,10 @@ class Window(ABC):
         world_size: Number of processes.
         progress: Share of the training that is done, from 0 to 1; None where the loop does not say.
         epoch: Epochs done, with their fraction; likewise.
+
+    Attributes:
+        syncs_each_batch: Average gradients over ranks with each micro-batch where the last alone would do (Accelerate's
+            ``sync_each_batch``): under FSDP whole gradients do not pile up then. Default: False.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Window(ABC):
         self.world_size = world_size
         self.progress = progress
         self.epoch = epoch
+        self.syncs_each_batch = False
 
     def with_rows(self, micro_batches: Sequence[Any], total: Tensor) -> Self:
         """Return a window of other rows: of another step, or of another rank.

@@ -65,7 +65,7 @@ def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     watch = Watch()
     try:
         args = make_args(folder / case.get("output", case["name"]), **options)
-        trainer = LightSAMTrainer(model, args, train_dataset=rows, callbacks=[watch])
+        trainer = LightSAMTrainer(model, args, train_dataset=rows, eval_dataset=rows[:8], callbacks=[watch])
         trainer.train(resume_from_checkpoint=case.get("resume"))
     except UsageError as error:
         return {"error": str(error)}
