@@ -373,17 +373,30 @@ class SharpnessAwareMixin(_Base):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._window = None
         if self._plan is not None and batch_samples:
-            if not self._loss_scaling_is_known:
-                heeds = ask_the_loss(cast(Trainer, self), batch_samples[0], num_items_in_batch)
-                self._loss_scaling_is_known = heeds is not None
-                if heeds is False:
-                    logger.info("The loss ignores num_items_in_batch: it is a mean over the window's items instead.")
-                    self.model_accepts_loss_kwargs = False
-                    self.loss_is_scaled_for_ga = False
+            self._learn_the_loss_scaling(batch_samples[0], num_items_in_batch)
             self._window = TrainerWindow(
                 cast(Trainer, self), batch_samples, num_items_in_batch, self._with_running_statistics
             )
         return batch_samples, num_items_in_batch
+
+    def _learn_the_loss_scaling(self, inputs: Any, num_items_in_batch: Tensor | int | None) -> None:
+        """Tell the Trainer where its loss ignores ``num_items_in_batch``, once that is known."""
+        if self._loss_scaling_is_known:
+            return
+        heeds = ask_the_loss(cast(Trainer, self), inputs, num_items_in_batch)
+        self._loss_scaling_is_known = heeds is not None
+        if heeds is False:
+            logger.info("The loss ignores num_items_in_batch: it is a mean over the window's items instead.")
+            self.model_accepts_loss_kwargs = False
+            self.loss_is_scaled_for_ga = False
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, as the Trainer's method; also before training, losses are not multiplied by the ranks."""
+        if self.args.world_size > 1 and self.is_sharpness_aware and not self._loss_scaling_is_known:
+            num_items = self._get_num_items_in_batch([inputs], self.args.device)
+            if num_items is not None:
+                self._learn_the_loss_scaling(inputs, num_items)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _run_plan(self) -> None:
         """Let the plan take the gradient of the step that begins."""

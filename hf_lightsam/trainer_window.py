@@ -24,6 +24,7 @@ from transformers.trainer_pt_utils import nested_gather
 from .passes import RngState, Window, count_items, frozen_running_statistics, unscale
 from .passes.no_sync import no_sync
 from .passes.row_losses import RowLosses, recorded_row_losses
+from .trl_metrics import without_notes_for_the_log
 
 if TYPE_CHECKING:
     from .trainer import SharpnessAwareMixin
@@ -57,6 +58,8 @@ class TrainerWindow(Window):
             epoch=float(state.epoch or 0.0),
         )
         self.trainer = trainer
+        accumulation = args.accelerator_config.gradient_accumulation_kwargs or {}  # type: ignore[union-attr]
+        self.syncs_each_batch = bool(accumulation.get("sync_each_batch"))
         self.num_items = num_items
         self._with_running_statistics = with_running_statistics
         self._model = trainer.model_wrapped
@@ -81,6 +84,7 @@ class TrainerWindow(Window):
         with (
             nullcontext() if sync else no_sync(trainer.accelerator, self._model),
             frozen_running_statistics(self._with_running_statistics if again else ()),
+            without_notes_for_the_log(trainer) if again else nullcontext(),
             nullcontext() if self._loss_heeds else _divided_loss(trainer),
             _differentiable_backward(trainer.accelerator) if create_graph else nullcontext(),
         ):
@@ -102,6 +106,7 @@ class TrainerWindow(Window):
                 with (
                     torch.no_grad(),
                     frozen_running_statistics(self._with_running_statistics),
+                    without_notes_for_the_log(trainer),
                     trainer.compute_loss_context_manager(),
                 ):
                     trainer.compute_loss(self._model, copy.copy(inputs), num_items_in_batch=self.num_items)
@@ -197,9 +202,10 @@ def ask_the_loss(trainer: Trainer, inputs: Any, num_items: Tensor | int | None) 
     was_training = model.training
     model.eval()
     try:
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), without_notes_for_the_log(trainer):
             losses = []
             for number in (num_items, 2 * num_items):
+                state.restore()  # of a loss that draws (mixup, sampled negatives) the same numbers
                 prepared = trainer._prepare_inputs(copy.copy(inputs))
                 losses.append(cast(Tensor, trainer.compute_loss(model, prepared, num_items_in_batch=number)).mean())
     finally:

@@ -76,6 +76,10 @@ def two(folder: Path) -> dict[str, Any]:
         cases.append(resumed)
     cases.append(case("bf16", "classification", "lightsam_adam", 4, 1, bf16=True))
     cases.append({**case("unequal", "classification", "sam", 2, 1, max_steps=12), "num_rows": 45})
+    each = {"even_batches": False, "gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    evaluated: dict[str, Any] = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 10}
+    evaluated["per_device_eval_batch_size"] = 4
+    cases.append(case("often", "classification", "sam", 2, 2, accelerator_config=each, **evaluated))
     return train_on_ranks(folder / "two", 2, cases)
 
 
@@ -111,6 +115,20 @@ def test_ranks_and_pieces_change_nothing(
             assert log["sharpness"] == pytest.approx(expected["sharpness"], rel=1e-3, abs=2e-6), split
             for key in ("loss", "ascent_grad_norm", "grad_norm", "perturbation_norm"):
                 assert log[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (split, key)
+
+
+def test_averaging_with_each_micro_batch_and_evaluating(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """The step is the same; and no loss of an evaluation is multiplied by the ranks, before the first step neither."""
+    result, large = two["often"], one["classification sam 8x1"]
+    assert result["ranks_agree"]
+    assert relative_difference(result["weights"], large["weights"]) < 1e-6
+    model, rows = make_task("classification", NUM_ROWS)
+    inputs = {key: torch.stack([row[key] for row in rows[:8]]) for key in rows[0]}
+    losses = []
+    for state in (model.state_dict(), large["weights"]):
+        model.load_state_dict(state)
+        losses.append(float(model.eval()(**inputs).loss))
+    assert result["eval_losses"] == pytest.approx(losses, rel=1e-4)
 
 
 def test_autocast_to_bfloat16_on_two_ranks(one: dict[str, Any], two: dict[str, Any]) -> None:

@@ -89,6 +89,11 @@ def test_sft_trainer_of_trl(tmp_path: Path) -> None:
         assert len(logs) == 4
         assert all({"sharpness", "perturbed_loss", "mean_token_accuracy"} <= log.keys() for log in logs)
         assert logs[0]["loss"] == pytest.approx(plain.state.log_history[0]["loss"], rel=1e-4)
+        # Of two passes over the rows one is noted; of those that only ask, none.
+        for log, expected in zip(logs, plain.state.log_history, strict=False):
+            assert log["num_tokens"] == expected["num_tokens"]
+        assert logs[0]["entropy"] == pytest.approx(plain.state.log_history[0]["entropy"], rel=1e-3)
+        assert not run._metrics["eval"]
     assert_same_weights(runs[0].model, runs[1].model, rtol=1e-4, atol=1e-6)
 
 

@@ -738,6 +738,17 @@ def test_an_own_loss(tmp_path: Path, accumulation: int) -> None:
     assert train_logs(trainer)[0]["perturbed_loss"] != train_logs(trainer)[0]["loss"]
 
 
+def test_an_own_loss_that_draws_random_numbers(tmp_path: Path) -> None:
+    """It differs from call to call, which must not pass for a loss that heeds the number of items."""
+
+    def loss_function(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs.logits, labels) * (1.0 + 0.05 * (torch.rand(()) - 0.5))
+
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
+    trainer = train(tmp_path, trainer_options={"compute_loss_func": loss_function}, **options)
+    assert train_logs(trainer)[0]["loss"] == pytest.approx(math.log(2), rel=0.1)
+
+
 def test_an_own_loss_function(tmp_path: Path) -> None:
     def loss_function(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch

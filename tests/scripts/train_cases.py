@@ -41,6 +41,7 @@ def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "weights": state,
         "ranks_agree": all(torch.equal(everywhere[0], other) for other in everywhere),
         "logs": [entry for entry in trainer.state.log_history if "sharpness" in entry],
+        "eval_losses": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
         "steps": trainer.state.global_step,
     }
 
