@@ -125,6 +125,7 @@ BAD = [
     ("tasks:\n  cola:\n    learning_rate: [1e-5, 2e-5]", [":3: learning_rate: several values; expected a number"]),
     ("tasks:\n  cola:\n    learning_rate:", [":3: learning_rate: nothing"]),
     ("tasks:\n  cola: {seed: 1.5}", [":2: seed='1.5'; expected a whole number"]),
+    ("tasks: {cola: {sync_ascent: flase}}", [":1: sync_ascent='flase'; expected true or false"]),
     ("defaults: {bf16: perhaps}\ntasks: {cola: {}}", [":1: bf16='perhaps'; expected true or false"]),
     (
         "defaults: {lr_scheduler_type: steep}\ntasks: {cola: {}}",

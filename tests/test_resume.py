@@ -169,7 +169,8 @@ def test_ctrl_c_between_evaluations(tmp_path: Path, strategy: str, step: int) ->
     stopped.add_callback(callback)
     stopped.at = step
     stopped.train()
-    assert callback.interrupted and stopped.state.global_step == step
+    assert callback.interrupted
+    assert stopped.state.global_step == step
     resumed = make(tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert_same_run(resumed, whole)

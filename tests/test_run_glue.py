@@ -10,16 +10,27 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from conftest import make_bert
 from huggingface_hub import ModelCard
 from processes import start_script
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+)
 
-from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
-from hf_lightsam.glue.finetuning import num_positions, pick_best_by_metric
-from hf_lightsam.glue.tasks import TextTask
+from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments, UsageError
+from hf_lightsam.glue.arguments import ModelArguments
+from hf_lightsam.glue.class_order import put_in_order
+from hf_lightsam.glue.finetuning import load_model, num_positions, pick_best_by_metric
+from hf_lightsam.glue.tasks import TextTask, get_task
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "run_glue.py"
 
@@ -91,6 +102,33 @@ def test_a_checkpoint_of_the_other_kind_of_task(run_glue, model_dir, data_dir, t
     run_glue.main(line)
     trained = AutoConfig.from_pretrained(tmp_path / "out")
     assert trained.problem_type == ("regression" if task == "stsb" else "single_label_classification")
+
+
+@pytest.mark.parametrize("names", [("CONTRADICTION", "Neutral", "entailment"), ("LABEL_0", "LABEL_1", "LABEL_2")])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_classes_in_the_order_of_the_checkpoint(tmp_path, kind, names) -> None:
+    """Checkpoints of MNLI have their own orders: what an output means stays what it was."""
+    if kind == "bert":
+        made: PreTrainedModel = make_bert(num_labels=3)
+    else:
+        made = GPT2ForSequenceClassification(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, num_labels=3))
+    made.config.id2label, made.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    made.save_pretrained(tmp_path)
+    task, tokenizer = get_task("mnli"), SimpleNamespace(pad_token_id=0)
+    loaded = load_model(ModelArguments(str(tmp_path)), task, tokenizer)
+    assert list(loaded.config.id2label.values()) == list(task.labels)
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+    with torch.no_grad():
+        before, after = made.eval()(**inputs).logits[0], loaded.eval()(**inputs).logits[0]
+    expected = before if names[0] == "LABEL_0" else before[[2, 1, 0]]
+    torch.testing.assert_close(after, expected)
+
+
+def test_classes_in_another_order_in_a_head_that_is_not_known() -> None:
+    model = make_bert(num_labels=2)
+    model.classifier = nn.Sequential(nn.Linear(16, 2), nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="model_name_or_path='x': its classes are in the order"):
+        put_in_order(model, {0: "positive", 1: "negative"}, ("negative", "positive"), "x")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")

@@ -25,6 +25,7 @@ from ..training_args import LightSAMTrainingArguments
 from .answers import answers
 from .arguments import ModelArguments
 from .by_length import for_evaluation, in_given_order, longest_first, predict_in_order
+from .class_order import put_in_order
 from .metrics import METRICS, make_compute_metrics
 from .tasks import TextTask
 
@@ -57,12 +58,14 @@ def load_model(arguments: ModelArguments, task: TextTask, tokenizer: PreTrainedT
         tokenizer: Gives the token to pad by.
 
     Raises:
-        UsageError: If it cannot be loaded, or has a head of another size and ``ignore_mismatched_sizes`` is off.
+        UsageError: If it cannot be loaded, or has a head of another size and ``ignore_mismatched_sizes`` is off, or the
+            task's classes in another order in a head that is not known.
     """
     source = arguments.model_name_or_path
     options = hub_options(arguments)
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        names = dict(config.id2label or {})
         config.problem_type = None  # a checkpoint of another kind of task would be trained with that one's loss
         config.num_labels = task.num_labels
         config.problem_type = "regression" if task.is_regression else "single_label_classification"
@@ -80,8 +83,7 @@ def load_model(arguments: ModelArguments, task: TextTask, tokenizer: PreTrainedT
             f"({task.num_labels} outputs); expected another model, or --ignore_mismatched_sizes for a new head"
         ) from error
     if not task.is_regression:
-        model.config.id2label = dict(enumerate(task.labels))
-        model.config.label2id = {label: index for index, label in enumerate(task.labels)}
+        put_in_order(model, names, task.labels, source)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 

@@ -99,7 +99,10 @@ def load_recipe(path: str | Path, parser: HfArgumentParser) -> Recipe:
             message names file and line. Ranges (a learning rate below 0) are checked where the run is made.
     """
     path = Path(path)
-    actions = {action.dest: action for action in parser._actions if action.dest not in _OF_THE_RUN}
+    actions: dict[str, Any] = {}
+    for action in parser._actions:
+        if action.dest not in _OF_THE_RUN:
+            actions.setdefault(action.dest, action)  # a later one of this name is --no_..., which has no type
     defaults: dict[str, Any] = {}
     tasks: dict[str, dict[str, Any]] = {}
     top = {name: actions[name] for name in _TOP if name in actions}
