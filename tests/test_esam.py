@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -373,6 +374,39 @@ def test_tensors_without_a_gradient_are_not_drawn(accelerator: Accelerator, monk
     for _ in range(5):
         loop.step([(torch.randn(6, 4), torch.randn(6))])
     assert chosen.drawn == [[False] * 50 + [True]] * 5
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_heads_that_take_turns(accelerator: Accelerator, gamma: float) -> None:
+    """A step whose rows use none of the tensors that are drawn has no perturbation, and is plain descent."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+
+        def forward(self, x: Tensor, head: int, labels: Tensor) -> Any:
+            logits = self.heads[head](x)
+            return SimpleNamespace(loss=(logits - labels).square().mean(), logits=logits)
+
+    torch.manual_seed(0)
+    model = Heads()
+    loop = make_loop(accelerator, model, lambda params: ESAM(params, "sgd", 0.1, 0.5, gamma, lr=0.1))
+    if gamma < 1:
+        loop.row_losses = lambda outputs, batch: (outputs.logits - batch["labels"]).square().squeeze(-1)
+    x, labels = torch.randn(4, 3), torch.randn(4, 1)
+    perturb, perturbed = loop.plan.optimizer.perturb, []
+
+    def note() -> None:
+        perturb()
+        perturbed.append(loop.plan.optimizer.is_perturbed)
+
+    loop.plan.optimizer.perturb = note
+    for step in range(12):
+        before = [p.detach().clone() for p in model.heads[1 - step % 2].parameters()]
+        loop.step([{"x": x, "head": step % 2, "labels": labels}])
+        assert all(map(torch.equal, before, model.heads[1 - step % 2].parameters()))
+    assert set(perturbed[2:]) == {True, False}
 
 
 def test_losses_that_are_not_finite_and_equals(accelerator: Accelerator) -> None:

@@ -28,7 +28,8 @@ STEP = "draw"
 """Option of the first parameter group: the number of draws so far. In the groups, as checkpoints hold those."""
 
 IN_USE = "in_use"
-"""Option of each parameter group: which of its parameters have ever had a gradient, and so can be drawn."""
+"""Option of each parameter group: for each of its parameters whether it has ever had a gradient, and so can be drawn
+(1), in each step so far (2), or never (0)."""
 
 NO_FSDP = "which reduces the gradients of a layer together, whether all of its parameters take one or not"
 
@@ -134,9 +135,10 @@ class Selective(GradientPlan):
         number = groups[0].get(STEP, 0)
         groups[0][STEP] = number + 1
         is_known = all(len(group.get(IN_USE, ())) == len(group["params"]) for group in groups)
-        if is_known and not needs_all_gradients(self.model):
-            drawn = self._draw(number)
-            ids = set(map(id, drawn))
+        drawn = self._draw(number) if is_known else []
+        ids = set(map(id, drawn))
+        # Rows that use none of the tensors that take gradients would have a loss that cannot run backward.
+        if not ids.isdisjoint(self._always_used()) and not needs_all_gradients(self.model):
             others = [p for p in self._in_use() if id(p) not in ids]
             with without_gradients(others):
                 losses = self._run(window, before, states, sync=self.sync_ascent and not others)
@@ -189,20 +191,32 @@ class Selective(GradientPlan):
             if in_use and parameter.requires_grad
         ]
 
+    def _always_used(self) -> list[int]:
+        """Return the ``id`` of each parameter that has had a gradient in each step so far."""
+        return [
+            id(parameter)
+            for group in self.optimizer.param_groups
+            for parameter, in_use in zip(group["params"], group.get(IN_USE, ()), strict=False)
+            if in_use == 2
+        ]
+
     def _learn_use(self, window: Window) -> None:
         """Note which parameters have a gradient on any rank, after a pass with gradients of all."""
         if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
             raise UsageError(f"params: sharded by FSDP, {NO_FSDP}; expected DDP or a single device")
         has = torch.tensor([p.grad is not None for p in self.parameters()], device=window.device)
-        flags = iter(window.gather(has.int()).amax(dim=0).bool().tolist())
+        everywhere = window.gather(has.int())
+        flags = iter((everywhere.amax(dim=0) + everywhere.amin(dim=0)).tolist())
         for group in self.optimizer.param_groups:
             group[IN_USE] = [next(flags) for _ in group["params"]]
 
     def _note_use(self) -> None:
-        """Add the parameters that had their first gradient in the second pass, which is the same on all ranks."""
+        """Note which parameters had a gradient in the second pass, which is the same on all ranks."""
         for group in self.optimizer.param_groups:
             pairs = zip(group["params"], group[IN_USE], strict=True)
-            group[IN_USE] = [in_use or parameter.grad is not None for parameter, in_use in pairs]
+            group[IN_USE] = [
+                min(in_use, 1) if parameter.grad is None else max(in_use, 1) for parameter, in_use in pairs
+            ]
 
     # ---- The rows -----------------------------------------------------------------------------------------------
 
