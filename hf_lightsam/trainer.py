@@ -328,8 +328,18 @@ class SharpnessAwareMixin(_Base):
             self._with_running_statistics = modules_with_running_statistics(self._module())
             if self._resumed_from is not None:
                 self._load_rank_state(self._resumed_from)
+                self._tell_of_another_radius(optimizer, self._resumed_from)
             self.run_rows = self.run_rows or self.training_step
             self.training_step = self._hand_over_loss  # type: ignore[method-assign]  # until train() returns
+
+    def _tell_of_another_radius(self, optimizer: SharpnessAwareOptimizer, checkpoint: str) -> None:
+        """Warn where the arguments ask for a radius that the checkpoint, whose options hold, does not have."""
+        asked, found = optimizer.defaults["rho"], [group["rho"] for group in optimizer.param_groups]
+        if not self.optimizer_is_given and not self._plan_class().needs_validation and asked not in found:
+            logger.warning(
+                f"rho={asked!r}: {checkpoint} was written with rho={found[0]!r}, and its optimizer's options hold. To "
+                "change the radius, start a new run from its weights, or set it in optimizer.param_groups."
+            )
 
     def _refuse_uneven_ranks(self, train_dataloader: Any) -> None:
         """Refuse ranks with different numbers of batches: the one with more would wait for the others for ever."""

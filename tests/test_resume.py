@@ -72,6 +72,18 @@ def test_the_loss_at_the_end_of_a_resumed_run_is_of_its_own_steps(tmp_path: Path
         assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses[6:]) / 4, rel=1e-5)
 
 
+def test_another_radius_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {**OPTIONS, "max_steps": 4}
+    train(tmp_path, rho=0.05, **options)
+    with caplog.at_level("WARNING"):
+        go_on(tmp_path, str(tmp_path / "out" / "checkpoint-2"), max_steps=4, rho=0.05)
+        assert "was written with rho" not in caplog.text
+        resumed = go_on(tmp_path, str(tmp_path / "out" / "checkpoint-2"), max_steps=4, rho=0.2)
+    assert "rho=0.2: " in caplog.text
+    assert "was written with rho=0.05, and its optimizer's options hold" in caplog.text
+    assert {group["rho"] for group in resumed._sharpness_aware_optimizer().param_groups} == {0.05}
+
+
 # ---- Killed ---------------------------------------------------------------------------------------------------------
 
 
