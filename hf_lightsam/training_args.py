@@ -93,7 +93,7 @@ class LightSAMTrainingArguments(TrainingArguments):
             its own gradient: a multiple of the number of ranks. Default: 2.
         sparsity: ``ssam_*`` only. Share of the weights that is not perturbed, in [0, 1). Default: 0.5.
         n_of_m: ``ssam_fisher`` only. ``"2:4"`` perturbs 2 of each 4 consecutive weights, instead of ``sparsity``.
-        num_samples: ``ssam_fisher`` only. Rows whose gradients renew the mask. Default: 16.
+        num_samples: ``ssam_fisher`` only. Rows of a step, or all it has, whose gradients renew the mask. Default: 16.
         update_steps: ``ssam_*`` only. Renew the mask every so many steps. Default: 100.
         update_epochs: ``ssam_*`` only. Renew the mask every so many epochs instead.
         drop_rate: ``ssam_dynamic`` only. Share of the selection exchanged at a refresh, at the start of the training,

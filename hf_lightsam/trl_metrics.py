@@ -17,13 +17,14 @@ from transformers import Trainer
 @contextmanager
 def without_notes_for_the_log(trainer: Trainer) -> Iterator[None]:
     """In the body, nothing is noted: it runs rows again, or only to ask. Nothing happens for trainers not of TRL."""
-    noted: Any = getattr(trainer, "_metrics", None)
+    of_trl: Any = trainer
+    noted = getattr(trainer, "_metrics", None)
     if not isinstance(noted, dict) or not hasattr(trainer, "_total_train_tokens"):
         yield
         return
-    trained_on = trainer._total_train_tokens
-    trainer._metrics = {mode: defaultdict(list) for mode in noted}
+    trained_on = of_trl._total_train_tokens
+    of_trl._metrics = {mode: defaultdict(list) for mode in noted}
     try:
         yield
     finally:
-        trainer._metrics, trainer._total_train_tokens = noted, trained_on
+        of_trl._metrics, of_trl._total_train_tokens = noted, trained_on

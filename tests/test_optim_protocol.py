@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler
 
 from hf_lightsam.errors import UsageError
-from hf_lightsam.optim import SAM, LightSAM, SharpnessAwareOptimizer
+from hf_lightsam.optim import SAM, AdaSAM, LightSAM, SharpnessAwareOptimizer
 
 Make = Callable[..., SharpnessAwareOptimizer]
 
@@ -283,6 +283,94 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(spoiled)
     assert_same_state(optimizer.state_dict(), before)
+
+
+def test_state_of_groups_that_have_had_no_gradient_yet() -> None:
+    """A head that is trained without a radius while the rest is frozen: the rest has no state of either movement."""
+
+    def make() -> tuple[nn.Sequential, LightSAM]:
+        model = make_model()
+        model[0].requires_grad_(False)
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "rho": 0.0}]
+        return model, LightSAM(groups, lr=1e-3)
+
+    model, optimizer = make()
+    model(torch.randn(4, 6)).square().sum().backward()
+    with optimizer.perturbed():
+        pass
+    optimizer.step()
+    state = optimizer.state_dict()
+    make()[1].load_state_dict(state)
+    state["param_groups"][1]["rho"] = 0.05  # what has moved with a radius has a state of the ascent
+    with pytest.raises(UsageError, match="nothing of the ascent"):
+        make()[1].load_state_dict(state)
+
+
+class Quantized(torch.optim.Optimizer):
+    """A user's: three betas, and a state that has not the parameter's shape."""
+
+    def __init__(self, params: Any, lr: float = 0.1, betas: tuple[float, float, float] = (0.9, 0.9, 0.9)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("absmax", torch.zeros(3)).add_(1.0)
+                parameter.sub_(parameter.grad, alpha=group["lr"] / float(self.state[parameter]["absmax"][0]))
+
+
+def test_a_descent_with_a_state_and_betas_of_its_own() -> None:
+    def make() -> tuple[nn.Sequential, SAM]:
+        model = make_model()
+        return model, SAM(model.parameters(), Quantized, betas=(0.9, 0.8, 0.7))
+
+    def step(model: nn.Module, optimizer: SAM) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(4, 6)).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    model, optimizer = make()
+    step(model, optimizer)
+    resumed_model, resumed = make()
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(model, optimizer)
+    step(resumed_model, resumed)
+    assert all(map(torch.equal, model.parameters(), resumed_model.parameters()))
+
+
+@pytest.mark.parametrize("make", [LightSAM, AdaSAM], ids=["LightSAM", "AdaSAM"])
+@pytest.mark.parametrize(
+    "group",
+    [{"params": [torch.ones(2)]}, {"params": [torch.ones(2)], "eps": 1e-30}],
+    ids=["constructor", "group"],
+)
+def test_accumulators_that_would_start_at_zero(make: Any, group: dict[str, Any]) -> None:
+    options = {"variant": "adagrad"} if make is LightSAM else {}
+    with pytest.raises(UsageError, match=r"^eps=1e-30: accumulators start at its square"):
+        make([group], **options, **({} if "eps" in group else {"eps": 1e-30}))
+    make([torch.ones(2, dtype=torch.float64)], eps=1e-30, **options)
+
+
+def test_a_bad_argument_of_a_descent_is_named_alone() -> None:
+    with pytest.raises(UsageError, match=r"^lr=-1\.0: expected"):
+        AdaSAM([{"params": [torch.ones(2)], "lr": -1.0}])
+
+
+def test_options_of_a_group_that_the_ascent_cannot_work_with() -> None:
+    bad = {"params": [torch.ones(2, 2)], "betas": (0.999, 0.999)}
+    with pytest.raises(UsageError, match="keeps first moments in bfloat16"):
+        LightSAM([bad], ascent_state="factored")
+    optimizer = LightSAM([torch.ones(2, 2)], ascent_state="factored")
+    for group in (bad, {"params": [torch.ones(2, 2, dtype=torch.bfloat16)]}):
+        with pytest.raises(UsageError, match="ascent_state='factored'"):
+            optimizer.add_param_group(dict(group))
+        assert len(optimizer.param_groups) == len(optimizer.ascent.param_groups) == 1
 
 
 def test_state_without_an_ascent_is_accepted_where_there_was_none() -> None:

@@ -26,6 +26,7 @@ from hf_lightsam.errors import UsageError
 from hf_lightsam.optim import masks
 from hf_lightsam.optim.masks import drop_and_grow, n_of_m_mask, num_perturbed, random_scores, top_k_mask
 from hf_lightsam.optim.rules.masked_gradient import MaskedGradient
+from hf_lightsam.optim.sam import SAM
 from hf_lightsam.optim.ssam import SSAM
 
 STEPS, UPDATE_STEPS, ROWS = 14, 4, 5
@@ -369,6 +370,21 @@ def dynamic(**options: Any) -> tuple[SSAM, Tensor]:
     weight = torch.linspace(-1, 1, 40).requires_grad_()
     weight.grad = torch.arange(1.0, 41.0)
     return SSAM([weight], **{"mask": "dynamic", "lr": 0.01, "update_steps": 3, **options}), weight
+
+
+def test_hooks_are_called_once_whatever_else_was_made() -> None:
+    """torch wraps the ``step`` of each class that is made: one that calls its parent's would run hooks twice."""
+    SAM([torch.ones(2, requires_grad=True)])
+    parameter = torch.ones(8, requires_grad=True)
+    optimizer, calls = SSAM([parameter], mask="dynamic", sparsity=0.5, lr=0.1), []
+    optimizer.register_step_post_hook(lambda *args: calls.append(args))
+    parameter.grad = torch.ones(8)
+    optimizer.refresh_from_gradients(0.0)
+    with optimizer.perturbed():
+        pass
+    optimizer.step()
+    assert len(calls) == 1
+    assert optimizer.param_groups[0]["steps_since_refresh"] == 1
 
 
 def test_refreshes_count_steps() -> None:

@@ -48,7 +48,7 @@ class ESAM(SAM):
     Args:
         params: As for :class:`SAM`; a group may have its own ``beta``.
         descent: As for :class:`SAM`.
-        rho: Expected length of the perturbation, at least 0: it is ``rho / beta`` long. Default: 0.05.
+        rho: Radius where all tensors are perturbed, at least 0: the perturbation is ``rho / beta`` long. Default: 0.05.
         beta: Share of the parameter tensors that are perturbed, in (0, 1]. Default: 0.6, as in the authors' runs.
         gamma: Share of the rows of the descent, in (0, 1]. Default: 0.5, as there.
         draw_seed: Of the draw of the tensors, the same on all ranks. Default: 0.

@@ -131,6 +131,12 @@ class LearnedRadiusSAM(SAM):
         for group in self.param_groups:
             group.update(state)
 
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group, by default with the radius that has been learned so far."""
+        if self._ready and self.wants_ascent:
+            param_group.setdefault("rho", self.radius)
+        super().add_param_group(param_group)
+
     def perturb(self) -> None:
         """Save the weights, and move them, as :meth:`SAM.perturb`.
 

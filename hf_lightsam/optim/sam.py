@@ -95,7 +95,7 @@ class SAM(SharpnessAwareOptimizer):
         for name in ("lr", "weight_decay", "eps", "momentum"):
             if isinstance(descent_options.get(name), (int, float)):
                 check_number(name, descent_options[name])
-        if "betas" in descent_options:
+        if "betas" in descent_options and isinstance(descent, str):  # others may have three
             check_betas(descent_options["betas"])
         make = DESCENTS[check_choice("descent", descent, tuple(DESCENTS))] if isinstance(descent, str) else descent
         if not callable(make):
@@ -120,6 +120,8 @@ class SAM(SharpnessAwareOptimizer):
                 options["fused"] = True
             try:
                 optimizer = make(groups, **options)
+            except UsageError:  # of a descent that names its arguments itself
+                raise
             except (TypeError, ValueError, RuntimeError) as error:
                 raise UsageError(f"descent={descent!r}: {error}") from error
             for name in ("rho", *shared):

@@ -154,6 +154,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             self._check_group(group)
         self.ascent = make_ascent([{"params": group["params"]} for group in self.param_groups])
+        self._check_ascent_groups()
         self.defaults = {**self.descent.defaults, **self.defaults, "sharpness_aware": self._signature()}
         for group in self.param_groups:
             group["sharpness_aware"] = self._signature()
@@ -249,10 +250,12 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self.descent.add_param_group(param_group)
         try:
             self._check_group(param_group)
+            self.ascent.add_param_group({"params": param_group["params"]})
+            self._check_ascent_groups()
         except UsageError:
             self.param_groups.pop()
+            del self.ascent.param_groups[len(self.param_groups) :]
             raise
-        self.ascent.add_param_group({"params": param_group["params"]})
 
     def _check_group(self, group: Group) -> None:
         check_number("rho", group["rho"])
@@ -360,14 +363,21 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
     def _ascent_groups(self) -> list[Group]:
         """Return the ascent's groups that have a radius, with the options that they share with the descent's."""
         self._share_parameters()
-        groups = []
+        self._share_options()
+        pairs = zip(self.ascent.param_groups, self.param_groups, strict=True)
+        return [group for group, main in pairs if main["rho"] > 0]
+
+    def _share_options(self) -> None:
         for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
             for option in self.ascent.shared_options:
                 if option in main:
                     group[option] = main[option]
-            if main["rho"] > 0:
-                groups.append(group)
-        return groups
+
+    def _check_ascent_groups(self) -> None:
+        """Refuse options of a parameter group's own that the ascent cannot work with."""
+        self._share_options()
+        for group in self.ascent.param_groups:
+            self.ascent._check_group(group)
 
     def _share_parameters(self) -> None:
         """Make the ascent's lists of parameters the descent's: whoever shards a model puts others into those."""
@@ -513,18 +523,24 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                         closure()
         if not self._ascended and self.wants_ascent:
             self._make_ascent_state_or_refuse()
-        self._ascended = False
+        has_ascended, self._ascended = self._ascended, False
         self._prepare_descent()
         self.descent.step()
-        self._note_step()
+        self._note_step(has_ascended)
         self._has_stepped = True
         return loss
 
     def _prepare_descent(self) -> None:
         """Do what the descent needs before its step (default: nothing)."""
 
-    def _note_step(self) -> None:
-        """With ``adaptive_rho`` note how far the step has gone, for the next one's radius."""
+    def _note_step(self, has_ascended: bool) -> None:
+        """Note a step that was taken: with ``adaptive_rho`` how far it has gone, for the next one's radius.
+
+        Subclasses that count steps do so here: torch runs the hooks of a ``step`` of their own a second time.
+
+        Args:
+            has_ascended: Whether a perturbation preceded it, or was passed over.
+        """
         if self.adaptive_rho and self._moved:
             note_step(self.param_groups, self._moved, [self._buffers[p] for p in self._moved])
         self._moved = []
@@ -641,6 +657,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             for key, parameter in zip(saved["params"], group["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
                     movement = self.ascent if name.startswith(ASCENT_PREFIX) else self.descent
+                    if not _has_known_state(movement):
+                        continue
                     expected = [(1,)] if getattr(movement, "has_one_state", False) else _state_shapes(name, parameter)
                     if isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) not in expected:
                         raise UsageError(
@@ -648,13 +666,11 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                             f"{' or '.join(map(str, expected))}, as the parameter's is {tuple(parameter.shape)}"
                         )
 
-        names = {name for state in state_dict["state"].values() for name in state}
-        if (
-            names
-            and self.ascent.has_state
-            and any(group["rho"] > 0 for group in saved_groups)
-            and not any(name.startswith(ASCENT_PREFIX) for name in names)
-        ):
+        states = state_dict["state"]
+        names = {name for state in states.values() for name in state}
+        # A group that has had no gradient yet has no state of either movement.
+        has_moved = any(states.get(key) for group in saved_groups if group["rho"] > 0 for key in group["params"])
+        if self.ascent.has_state and has_moved and not any(name.startswith(ASCENT_PREFIX) for name in names):
             raise UsageError(
                 f"state_dict: holds {', '.join(sorted(names))} and nothing of the ascent; expected names with "
                 f"{ASCENT_PREFIX!r} too (torch's flatten_optimizer_state_dict=True loses them)"
@@ -676,6 +692,11 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             "_has_stepped": self._has_stepped,
             "_ready": True,
         }
+
+
+def _has_known_state(movement: torch.optim.Optimizer) -> bool:
+    """Whether the state's tensors are known to have a parameter's shape: of users' optimizers they need not."""
+    return type(movement).__module__.split(".")[0] in ("torch", "transformers", __name__.split(".")[0])
 
 
 def _state_shapes(name: str, parameter: Tensor) -> list[tuple[int, ...]]:

@@ -71,7 +71,8 @@ class SSAM(SAM):
             paper's layout), and all weights of parameters with fewer than two dimensions. In place of ``sparsity``.
         update_steps: A refresh every so many optimizer steps, at least 1. Default: 100, without ``update_epochs``.
         update_epochs: A refresh every so many epochs instead, at least 1.
-        num_samples: For ``"fisher"``: rows of a refresh, at least 1. Default: 16.
+        num_samples: For ``"fisher"``: rows of a refresh, at least 1; no more than the step has at which it is due.
+            Default: 16.
         drop_rate: For ``"dynamic"``: share exchanged at the start of the training, in [0, 1]. Default: 0.5.
         drop: For ``"dynamic"``: what keeps a selected weight selected, the size of its ``"gradient"`` or of the
             ``"weight"``. Default: ``"gradient"``.
@@ -280,14 +281,10 @@ class SSAM(SAM):
             )
         super().perturb()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step as :meth:`SharpnessAwareOptimizer.step`, and count towards the next refresh."""
-        counts = self._ascended or (closure is not None and self.wants_ascent)
-        loss = super().step(closure)
-        if counts:
+    def _note_step(self, has_ascended: bool) -> None:
+        super()._note_step(has_ascended)
+        if has_ascended:  # one step nearer to the next refresh
             self._set_counts(steps_since_refresh=self.param_groups[0]["steps_since_refresh"] + 1)
-        return loss
 
     @torch.no_grad()
     def perturbation_lost(self) -> Tensor | None:

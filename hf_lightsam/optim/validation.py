@@ -14,6 +14,10 @@ Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str,
 """What every torch optimizer takes: tensors, named tensors, or dicts that describe parameter groups."""
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""Of parameters."""
+
+
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     """Return ``value`` if it is a finite number that is at least 0 (above 0 with ``positive``)."""
     accepted = "a finite number above 0" if positive else "a finite number that is at least 0"
@@ -32,6 +36,20 @@ def check_rate(name: str, value: Any) -> float | torch.Tensor:
         raise UsageError(f"{name}: a tensor of shape {tuple(value.shape)}; expected a number, or a scalar tensor")
     check_number(name, value.item())
     return value
+
+
+def check_start(eps: Any, parameters: Iterable[torch.Tensor]) -> None:
+    """Refuse an ``eps`` whose square, where accumulators start, is 0 in a parameter's dtype, or next to it.
+
+    A weight whose gradient is 0 would be divided by 0.
+    """
+    check_number("eps", eps, positive=True)
+    least = max((torch.finfo(p.dtype).tiny for p in parameters if p.dtype in DTYPES), default=0.0)
+    if eps**2 < least:
+        raise UsageError(
+            f"eps={eps!r}: accumulators start at its square, which the parameters' dtype cannot hold; expected at "
+            f"least {math.sqrt(least):.2g}"
+        )
 
 
 def check_count(name: str, value: Any) -> int:
@@ -71,7 +89,7 @@ def check_parameter(parameter: torch.Tensor) -> None:
 
     Float16 is refused because ``eps**2`` and squared gradients underflow there; train in float32 with fp16 autocast.
     """
-    if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+    if parameter.dtype not in DTYPES:
         raise UsageError(
             f"params: a parameter of shape {tuple(parameter.shape)} has dtype {parameter.dtype}; expected float32, "
             "bfloat16 or float64 (for half precision keep float32 parameters and use autocast: fp16=True or bf16=True)"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..errors import UsageError
 from .plan import WindowResult
@@ -16,6 +17,8 @@ from .window import Window
 
 if TYPE_CHECKING:
     from ..optim.ssam import SSAM
+
+logger = logging.get_logger(__name__)
 
 
 class SparseMask(TwoPass):
@@ -101,6 +104,8 @@ class SparseMask(TwoPass):
         sizes = window.gather(own).T.reshape(-1)  # waits for the device, once a refresh
         edges = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).tolist()
         total, count = edges[-1], min(num_samples, edges[-1])
+        if count < num_samples and window.rank == 0:
+            logger.warning_once(f"num_samples={num_samples}: a step has {count} rows, so the mask is of those.")
         chosen = [(2 * i + 1) * total // (2 * count) for i in range(count)]
         rows: list[Any] = []
         for index, batch in enumerate(window.micro_batches):

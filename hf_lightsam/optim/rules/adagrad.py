@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adagrad import adagrad
 
-from ..validation import Params, check_number
+from ..validation import Params, check_start
 from .base import Group, Kernels, Rule
 
 
@@ -40,7 +40,7 @@ class AdaGrad(Rule):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_number("eps", group["eps"], positive=True)
+        check_start(group["eps"], group["params"])
 
     def _init_state(self, parameter: Tensor, group: Group) -> None:
         state = self.state[parameter]

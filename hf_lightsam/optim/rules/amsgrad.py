@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from ..validation import Params, check_betas, check_number
+from ..validation import Params, check_betas, check_start
 from .base import Group, Kernels, Rule
 
 
@@ -51,7 +51,7 @@ class AMSGrad(Rule):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_number("eps", group["eps"], positive=True)
+        check_start(group["eps"], group["params"])
         group["betas"] = check_betas(group["betas"])
 
     def _init_state(self, parameter: Tensor, group: Group) -> None:

@@ -19,9 +19,9 @@ class DroppedGradient(NormalizedGradient):
         m_i \sim \text{Bernoulli}(\beta)
 
     The stochastic weight perturbation of Du et al., "Efficient Sharpness-aware Minimization for Improved Training of
-    Neural Networks" (arXiv 2110.03141): dividing by beta keeps the expected perturbation near SAM's. As in the authors'
-    code one m is drawn for each tensor and the norm is over the tensors that were drawn; whoever takes the gradients
-    draws. No state.
+    Neural Networks" (arXiv 2110.03141): dividing by beta is to keep the expected perturbation at SAM's. As in the
+    authors' code one m is drawn for each tensor and the norm is over the tensors that were drawn, which makes it some
+    1 / sqrt(beta) times as long; whoever takes the gradients draws. No state.
 
     Args:
         params: See :class:`~hf_lightsam.optim.rules.Rule`.
