@@ -17,6 +17,7 @@ from test_sharpness import bert_batches
 from test_sharpness_hessian import Network, as_they_are, batches_of, network_rows
 from torch import Tensor, nn
 from transformers import EvalPrediction
+from transformers.pytorch_utils import Conv1D
 
 from hf_lightsam import UsageError
 from hf_lightsam.sharpness import (
@@ -27,6 +28,7 @@ from hf_lightsam.sharpness import (
     linear_connectivity,
     loss_landscape,
 )
+from hf_lightsam.sharpness.frozen_model import FrozenModel
 
 
 def network_batches() -> list[tuple[Tensor, Tensor]]:
@@ -108,6 +110,21 @@ def test_normalised_directions_do_not_depend_on_their_length(scale: float, seed:
 def test_a_filter_without_a_direction_stays() -> None:
     found = filter_normalized({"w": torch.tensor([[0.0, 0.0], [3.0, 4.0]])}, {"w": torch.ones(2, 2)})
     torch.testing.assert_close(found["w"], 2**0.5 * torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
+
+
+def test_filters_of_gpt2_are_its_outputs() -> None:
+    """Its ``Conv1D`` has a weight of shape (inputs, outputs)."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(Conv1D(3, 5))
+    frozen = FrozenModel(layer)
+    frozen.weights["0.weight"][:, 0] *= 100.0
+    direction = {name: torch.randn_like(weight) for name, weight in frozen.weights.items()}
+    found = filter_normalized(direction, frozen.weights, frozen.transposed)["0.weight"]
+    torch.testing.assert_close(found.norm(dim=0), frozen.weights["0.weight"].norm(dim=0))
+    linear = nn.Linear(5, 3)
+    linear.weight.data = frozen.weights["0.weight"].T.clone()
+    as_linear = filter_normalized({"weight": direction["0.weight"].T}, {"weight": linear.weight.detach()})
+    torch.testing.assert_close(found, as_linear["weight"].T)
 
 
 # ---- Lines between models -------------------------------------------------------------------------------------------

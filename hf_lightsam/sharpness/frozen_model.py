@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from ..passes.row_losses import FromOutputs, RowLosses, losses_of_rows
@@ -50,6 +51,12 @@ class FrozenModel:
         fixed = {**parameters, **dict(self._module.named_buffers())}
         self._fixed = {name: _lifted(tensor) for name, tensor in fixed.items() if name not in self.weights}
         self.device = next(iter(self.weights.values())).device
+
+    @property
+    def transposed(self) -> set[str]:
+        """Names of the weights of shape (inputs, outputs): those of ``Conv1D``."""
+        modules = self._module.named_modules()
+        return {f"{name}.weight" if name else "weight" for name, module in modules if isinstance(module, Conv1D)}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

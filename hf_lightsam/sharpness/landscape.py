@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +52,10 @@ def loss_landscape(
 
     .. math:: d_f \leftarrow \frac{d_f}{\lVert d_f \rVert} \lVert w_f \rVert
 
-    for each filter f, a slice of a weight along its first dimension: the weights of one output of a linear layer, or
-    one row of an embedding table. Weights of less than two dimensions (biases, gains of normalisations) stay where they
-    are. Pictures of networks of other scales can then be compared.
+    for each filter f, a slice of a weight along its first dimension: the weights of one output of a linear layer (of
+    Transformers' ``Conv1D``, which GPT-2 has, along its second), or one row of an embedding table. Weights of less than
+    two dimensions (biases, gains of normalisations) stay where they are. Pictures of networks of other scales can then
+    be compared.
 
     Weights are perturbed in float32 (float64 models: in that), without dropout or mixed precision. The model is not
     changed. Memory: three copies of the trainable weights, four for a plane, and the activations of one batch.
@@ -91,7 +92,7 @@ def loss_landscape(
         raise UsageError(f"directions: {len(directions)} of them; expected one or two")
     along = [_checked(direction, weights) for direction in directions]
     if normalize:
-        along = [filter_normalized(direction, weights) for direction in along]
+        along = [filter_normalized(direction, weights, objective.frozen.transposed) for direction in along]
     coordinates = np.linspace(-span, span, num_points)
     coordinates[num_points // 2] = 0.0
     losses = np.empty((num_points,) * len(along))
@@ -105,14 +106,22 @@ def loss_landscape(
     return Landscape(coordinates, losses)
 
 
-def filter_normalized(direction: Weights, weights: Weights) -> dict[str, Tensor]:
-    """Return a direction each of whose filters has the norm of the weights' filter; 0 for biases and the like."""
-    return {name: _filter_normalized(direction[name], weight) for name, weight in weights.items()}
+def filter_normalized(direction: Weights, weights: Weights, transposed: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return a direction each of whose filters has the norm of the weights' filter; 0 for biases and the like.
+
+    Args:
+        direction: A tensor for each weight.
+        weights: By name.
+        transposed: Names of matrices of shape (inputs, outputs), whose filters are their columns.
+    """
+    return {name: _filter_normalized(direction[name], weight, name in transposed) for name, weight in weights.items()}
 
 
-def _filter_normalized(direction: Tensor, weight: Tensor) -> Tensor:
+def _filter_normalized(direction: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
     if weight.dim() < 2:
         return torch.zeros_like(direction)
+    if is_transposed:
+        return _filter_normalized(direction.mT, weight.mT, False).mT
     norms, own = (tensor.flatten(1).norm(dim=1) for tensor in (direction, weight))
     ratios = torch.where(norms > 0, own / norms, torch.zeros_like(norms))
     return direction * ratios.view(-1, *[1] * (weight.dim() - 1))

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 
 from ..errors import UsageError
@@ -155,7 +157,7 @@ def measure(
         trace = hessian_trace(hessian, settings.num_probes, **seeded)
     moments: dict[int, Moment] = {}
     if settings.moment_rows:
-        few = HessianOperator(model, _first_rows(batches, settings.moment_rows), **shared)
+        few = HessianOperator(model, _first_rows(batches, settings.moment_rows, distributed), **shared)
         moments = hessian_moments(few, **seeded)
     if settings.num_points:
         options = {"num_points": settings.num_points, "span": settings.span, **shared, **seeded}
@@ -188,13 +190,18 @@ def measure(
     return Report(name, clean.rows, clean.loss, hessian.num_weights, *found)
 
 
-def _first_rows(batches: Sequence[Any], count: int) -> list[Any]:
+def _first_rows(batches: Sequence[Any], count: int, distributed: bool) -> list[Any]:
+    """Return this process's part of the first ``count`` rows, where micro-batches were dealt out in turn."""
+    sizes = [num_rows(batch) for batch in batches]
+    everywhere = gather_object([sizes]) if distributed else [sizes]
+    rank = PartialState().process_index if distributed else 0
     found: list[Any] = []
-    for batch in batches:
-        size = num_rows(batch)
-        if count > 0:
-            found.append(batch if size <= count else select_rows(batch, slice(0, count)))
-        count -= size
+    for index in range(max(map(len, everywhere))):
+        for owner, of_one in enumerate(everywhere):
+            size = of_one[index] if index < len(of_one) else 0
+            if owner == rank and size > 0 and count > 0:
+                found.append(batches[index] if size <= count else select_rows(batches[index], slice(0, count)))
+            count -= size
     return found
 
 

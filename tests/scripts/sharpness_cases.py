@@ -26,6 +26,7 @@ from hf_lightsam.sharpness import (
     m_sharpness,
     traces_of_powers,
 )
+from hf_lightsam.sharpness.report import Settings, measure
 
 SHARES = {1: [[3, 2, 2]], 2: [[3, 2], [2]]}
 """Sizes of the micro-batches of each rank, by the number of ranks."""
@@ -67,7 +68,15 @@ def run(folder: Path, case: dict[str, Any]) -> Any:
         "landscape": loss_landscape(model, batches, num_points=3, **shared).losses,
         "line": line.losses,
         "accuracy": line.metrics["accuracy"],
+        "moments": {count: moments_of(model, batches, count) for count in (2, 7)},
     }
+
+
+def moments_of(model: Any, batches: list[Any], rows: int) -> list[float]:
+    """Return the moments of the Hessian over the first rows of all ranks."""
+    settings = Settings(top_k=0, num_probes=0, radii=(), adaptive_radii=(), moment_rows=rows, num_points=0)
+    report = measure("model", model, batches, settings, distributed=True)
+    return [moment.value for moment in report.moments.values()]
 
 
 def train(folder: Path) -> list[dict[str, float]]:
