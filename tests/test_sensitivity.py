@@ -56,6 +56,17 @@ def test_what_was_done_before_a_failure_stays(tmp_path: Path, num_processes: int
         record.run_missing(points, double, path, num_processes)
 
 
+def test_a_last_line_without_an_end_is_run_again(tmp_path: Path) -> None:
+    """Also where it is whole but for its end, which the next result would take the place of."""
+    import record
+
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"x": 1, "y": 2.0}\n{"x": 2, "y": 4.0}')
+    assert record.read(path) == [{"x": 1, "y": 2.0}]
+    found = record.run_missing([{"x": x} for x in (1, 2, 3)], double, path)
+    assert [result["x"] for result in found] == [1, 2, 3]
+
+
 def test_a_file_is_one_calls_at_a_time(tmp_path: Path) -> None:
     import record
 

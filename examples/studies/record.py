@@ -38,11 +38,11 @@ def read(path: str | Path, names: Iterable[str] = ()) -> list[Result]:
         return []
     results = []
     for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
         try:
             results.append(json.loads(line))
         except ValueError:
-            if not line.endswith("\n"):
-                break
             raise UsageError(f"results={str(path)!r}: line {number} is not JSON; expected one result a line") from None
         if lacking := [name for name in names if name not in results[-1]]:
             raise UsageError(

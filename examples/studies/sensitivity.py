@@ -366,17 +366,22 @@ class Problem:
         return lines
 
     def lengths(self) -> list[str]:
-        """Return the table of how long the perturbations were, on average over all steps and learning rates."""
-        if not isinstance(self.base, Run):
+        """Return the table of how long perturbations were: a mean over steps, seeds of a point, and learning rates.
+
+        Rates are those that all methods have; a radius that was not run at each of them is left out.
+        """
+        grids = self.grids()
+        if not isinstance(self.base, Run) or not grids:
             return []
+        rates = next(iter(grids.values())).rates
         lines = []
         for name, optim in METHODS.items():
             cells = []
             for rho in self.radii:
-                runs = [dataclasses.replace(self.base, optim=optim, rho=rho, lr=lr) for lr in self.rates]
-                made = [result["perturbation_norm"] for run in runs for result in self.scores.made(run)]
-                known = [length for length in made if length is not None]
-                cells.append(f"{statistics.fmean(known):.2g}" if known else "")
+                runs = [dataclasses.replace(self.base, optim=optim, rho=rho, lr=lr) for lr in rates]
+                made = [[result["perturbation_norm"] for result in self.scores.made(run)] for run in runs]
+                points = [[length for length in lengths if length is not None] for lengths in made]
+                cells.append(f"{statistics.fmean(map(statistics.fmean, points)):.2g}" if all(points) else "")
             if any(cells):
                 lines.append([name, *cells])
         return [markdown(["method", *(f"rho {rho:g}" for rho in self.radii)], lines, numbers_from=1), ""]
