@@ -687,14 +687,14 @@ def test_by_hand_it_is_refused() -> None:
         optimizer.perturb()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_ranks(Path(sys.argv[1]))
-
-
 def test_a_group_added_later_has_the_radius_that_was_learned() -> None:
     optimizer = LETSSAM([torch.ones(2, requires_grad=True)], rho=0.05, lr=0.1)
     optimizer.param_groups[0]["rho"] = 0.6
     optimizer.add_param_group({"params": [torch.ones(3, requires_grad=True)]})
     optimizer.add_param_group({"params": [torch.ones(4, requires_grad=True)], "rho": 0.1})
     assert [group["rho"] for group in optimizer.param_groups] == [0.6, 0.6, 0.1]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_ranks(Path(sys.argv[1]))

@@ -36,7 +36,12 @@ def put_in_order(model: PreTrainedModel, names: Mapping[int, str], labels: Seque
     if sorted(theirs) == sorted(ours):
         if theirs != ours:
             order = [theirs.index(name) for name in ours]
-            layer = _last_layer(model, len(ours), source, list(names.values()), labels)
+            layer = _last_layer(model, len(ours))
+            if layer is None:
+                raise UsageError(
+                    f"model_name_or_path={source!r}: its classes are in the order {list(names.values())}, and no "
+                    f"single layer of its head gives them; expected a checkpoint with the order {list(labels)}"
+                )
             layer.weight.copy_(layer.weight[order])
             if layer.bias is not None:
                 layer.bias.copy_(layer.bias[order])
@@ -51,18 +56,12 @@ def _plain(name: str) -> str:
     return name.casefold().replace("-", "_").replace(" ", "_")
 
 
-def _last_layer(
-    model: PreTrainedModel, outputs: int, source: str, names: Sequence[str], labels: Sequence[str]
-) -> nn.Linear:
+def _last_layer(model: PreTrainedModel, outputs: int) -> nn.Linear | None:
+    """Return the one linear layer outside of the encoder that has so many outputs, if there is one."""
     of_the_encoder = {id(module) for module in model.base_model.modules()} if model.base_model is not model else set()
     found = [
         module
         for module in model.modules()
         if isinstance(module, nn.Linear) and module.out_features == outputs and id(module) not in of_the_encoder
     ]
-    if len(found) != 1:
-        raise UsageError(
-            f"model_name_or_path={source!r}: its classes are in the order {list(names)}, and no single layer of its "
-            f"head gives them; expected a checkpoint with the order {list(labels)}"
-        )
-    return found[0]
+    return found[0] if len(found) == 1 else None

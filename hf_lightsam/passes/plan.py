@@ -190,8 +190,7 @@ class GradientPlan(ABC):
         for index, batch in enumerate(batches):
             if self.replay_rng:
                 states.append(RngState.capture(window.device))
-            is_last = index == len(batches) - 1 or window.syncs_each_batch
-            losses.append(window.backward(batch, sync=sync and is_last))
+            losses.append(window.backward(batch, sync=sync and _ends_a_sum(window, index, batches)))
         return losses, states
 
     def second_pass(
@@ -205,8 +204,7 @@ class GradientPlan(ABC):
         for index, batch in enumerate(batches):
             if self.replay_rng and index < len(states):
                 states[index].restore()
-            is_last = index == len(batches) - 1 or window.syncs_each_batch
-            losses.append(window.backward(batch, sync=sync and is_last, again=True))
+            losses.append(window.backward(batch, sync=sync and _ends_a_sum(window, index, batches), again=True))
         return losses
 
     def perturb(self, window: Window, measures: dict[str, Tensor], *, measure: bool) -> None:
@@ -265,3 +263,8 @@ class GradientPlan(ABC):
 def added(losses: Sequence[Tensor]) -> Tensor:
     """Return the sum of scalar tensors."""
     return torch.stack(list(losses)).sum()
+
+
+def _ends_a_sum(window: Window, index: int, batches: Sequence[Any]) -> bool:
+    """Whether gradients are averaged over ranks after this one of some batches."""
+    return window.syncs_each_batch or index == len(batches) - 1

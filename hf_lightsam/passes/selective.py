@@ -138,7 +138,7 @@ class Selective(GradientPlan):
         drawn = self._draw(number) if is_known else []
         ids = set(map(id, drawn))
         # Rows that use none of the tensors that take gradients would have a loss that cannot run backward.
-        if not ids.isdisjoint(self._always_used()) and not needs_all_gradients(self.model):
+        if is_known and not ids.isdisjoint(map(id, self._in_use(2))) and not needs_all_gradients(self.model):
             others = [p for p in self._in_use() if id(p) not in ids]
             with without_gradients(others):
                 losses = self._run(window, before, states, sync=self.sync_ascent and not others)
@@ -148,7 +148,7 @@ class Selective(GradientPlan):
         losses = self._run(window, before, states, sync=self.sync_ascent)
         if not is_known:
             self._learn_use(window)
-        ids = set(map(id, self._draw(number)))
+            ids = set(map(id, self._draw(number)))
         for parameter in self.parameters():
             if id(parameter) not in ids:
                 parameter.grad = None
@@ -183,21 +183,13 @@ class Selective(GradientPlan):
         drawn = [parameter for ratio, parameter in candidates if ratio < 1]
         return drawn or [min(candidates, key=lambda pair: pair[0])[1]] if candidates else []
 
-    def _in_use(self) -> list[Tensor]:
+    def _in_use(self, at_least: int = 1) -> list[Tensor]:
+        """Return the trainable parameters of which :data:`IN_USE` says at least so much."""
         return [
             parameter
             for group in self.optimizer.param_groups
             for parameter, in_use in zip(group["params"], group[IN_USE], strict=True)
-            if in_use and parameter.requires_grad
-        ]
-
-    def _always_used(self) -> list[int]:
-        """Return the ``id`` of each parameter that has had a gradient in each step so far."""
-        return [
-            id(parameter)
-            for group in self.optimizer.param_groups
-            for parameter, in_use in zip(group["params"], group.get(IN_USE, ()), strict=False)
-            if in_use == 2
+            if in_use >= at_least and parameter.requires_grad
         ]
 
     def _learn_use(self, window: Window) -> None:
