@@ -79,6 +79,8 @@ class SharpnessAwareLoop:
         saved_weights: ``"device"`` or ``"host"``: where the weights are kept while they are perturbed; see
             :meth:`~hf_lightsam.optim.SharpnessAwareOptimizer.keep_saved_weights`. Default: as the optimizer has it,
             which is ``"device"``.
+        ascent_kernels: ``"torch"`` or ``"native"``: whose kernels perturb the weights; see
+            :meth:`~hf_lightsam.optim.SharpnessAwareOptimizer.use_ascent_kernels`. Default: likewise, ``"torch"``.
         row_losses: For methods that choose rows: returns the loss of each row, of shape (rows,), from the model's
             outputs and the micro-batch. Default: told from ``logits`` and ``labels`` as Transformers' losses do.
         validation_batches: For methods that learn on rows kept apart (LETS), and only for them: a function that
@@ -103,6 +105,7 @@ class SharpnessAwareLoop:
         sync_ascent: bool = True,
         cheaper: CheaperAscent | None = None,
         saved_weights: str | None = None,
+        ascent_kernels: str | None = None,
         row_losses: FromOutputs | None = None,
         validation_batches: Callable[[int], Sequence[Any]] | Iterable[Any] | None = None,
     ) -> None:
@@ -133,6 +136,8 @@ class SharpnessAwareLoop:
             )
         if saved_weights is not None:
             inner.keep_saved_weights(saved_weights)
+        if ascent_kernels is not None:
+            inner.use_ascent_kernels(ascent_kernels)
         inner.bind(accelerator.unwrap_model(model))
         self.plan = inner.make_plan(replay_rng=replay_rng, sync_ascent=sync_ascent, cheaper=cheaper)
         self.plan.bind(accelerator.unwrap_model(model))

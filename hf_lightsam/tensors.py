@@ -87,14 +87,19 @@ def can_leave_storage(parameters: Sequence[Tensor], copies: Sequence[Tensor], ev
     passes; not shards, which their engine holds too; not views, nor parameters that share a storage with others of
     ``everyone``. (Another tensor on the storage of a parameter, as those of a ``state_dict``, does not see the move.)
     """
-    owners = Counter(p.untyped_storage().data_ptr() for p in everyone if _is_plain(p))
-    return [
-        _is_plain(p)
-        and owners[p.untyped_storage().data_ptr()] == 1
-        and p.untyped_storage().nbytes() == p.numel() * p.element_size() > 0
-        and p.stride() == copy.stride()
-        for p, copy in zip(parameters, copies, strict=True)
-    ]
+    storages = {id(p): p.untyped_storage() for p in everyone if _is_plain(p)}
+    owners = Counter(storage.data_ptr() for storage in storages.values())
+
+    def can_leave(parameter: Tensor, copy: Tensor) -> bool:
+        storage = storages.get(id(parameter))
+        return (
+            storage is not None
+            and owners[storage.data_ptr()] == 1
+            and storage.nbytes() == parameter.nbytes > 0
+            and parameter.stride() == copy.stride()
+        )
+
+    return [can_leave(parameter, copy) for parameter, copy in zip(parameters, copies, strict=True)]
 
 
 def _is_plain(tensor: Tensor) -> bool:

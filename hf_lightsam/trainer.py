@@ -176,6 +176,10 @@ class SharpnessAwareMixin(_Base):
             "FSDP under saved_weights='host', where each rank has its shards only": (
                 self.is_fsdp_enabled and getattr(self.args, "saved_weights", None) == "host"
             ),
+            "an accelerator, or FSDP, under ascent_kernels='native', which are for whole weights on CPUs": (
+                getattr(self.args, "ascent_kernels", None) == "native"
+                and (self.is_fsdp_enabled or self.args.device.type != "cpu")
+            ),
             "FSDP under ascent_state='factored', where rows and columns lie on several ranks": (
                 self.is_fsdp_enabled
                 and is_registered(self.args.optim)
@@ -321,6 +325,7 @@ class SharpnessAwareMixin(_Base):
             model = self.accelerator.unwrap_model(self._module())
             optimizer.bind(model)
             optimizer.keep_saved_weights(getattr(self.args, "saved_weights", None) or optimizer.saved_weights)
+            optimizer.use_ascent_kernels(getattr(self.args, "ascent_kernels", None) or optimizer.ascent_kernels)
             options = {name: getattr(self.args, name, True) for name in ("replay_rng", "sync_ascent")}
             self._plan = optimizer.make_plan(**options, cheaper=CheaperAscent.from_arguments(self.args))
             self._plan.bind(model)

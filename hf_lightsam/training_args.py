@@ -135,6 +135,10 @@ class LightSAMTrainingArguments(TrainingArguments):
             copy of them off the GPU and sends it there and back in each step
             (:meth:`~hf_lightsam.optim.SharpnessAwareOptimizer.keep_saved_weights`). Not with FSDP, nor ``lets_*``.
             Default: ``"device"``, or as an optimizer that the trainer is given has it.
+        ascent_kernels: Whose kernels perturb the weights: ``"torch"``, or ``"native"``, for training on CPUs: this
+            package's own, which a C compiler builds in the first second and which copy and perturb in one pass
+            (:meth:`~hf_lightsam.optim.SharpnessAwareOptimizer.use_ascent_kernels`). ``lightsam_*``, ``sam``,
+            ``adasam``, ``msam``, ``sampa`` and ``lets_sam`` only. Default: ``"torch"``, or likewise.
 
     Raises:
         UsageError: At construction, for an option that is out of range, does not parse (``optim_args``), is given
@@ -321,6 +325,13 @@ class LightSAMTrainingArguments(TrainingArguments):
             "copy of them off the GPU and sends it there and back in each step."
         },
     )
+    ascent_kernels: Literal["torch", "native"] | None = field(
+        default=None,
+        metadata={
+            "help": "Whose kernels perturb the weights. native: this package's own for CPUs, built by a C compiler, "
+            "which copy and perturb in one pass."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the method's options after Transformers has checked its own."""
@@ -329,16 +340,17 @@ class LightSAMTrainingArguments(TrainingArguments):
         super().__post_init__()
         cheaper = CheaperAscent.from_arguments(self)
         if is_registered(self.optim):
-            recipe, _ = optimizer_arguments(self)
+            recipe, arguments = optimizer_arguments(self)
             recipe.optimizer.plan_class.check_cheaper(cheaper)
             recipe.optimizer.check_saved_weights(self.saved_weights or "device")
+            recipe.example(arguments).use_ascent_kernels(self.ascent_kernels or "torch")
             if self.validation_fraction is not None and not recipe.optimizer.plan_class.needs_validation:
                 raise UsageError(
                     f"validation_fraction={self.validation_fraction!r}: optim={recipe.name!r} learns on no rows kept "
                     "apart; expected None, or lets_sam or lets_asam"
                 )
         else:
-            names = (*_FIELDS, "validation_fraction", "saved_weights")
+            names = (*_FIELDS, "validation_fraction", "saved_weights", "ascent_kernels")
             given = [name for name in names if getattr(self, name) is not None]
             given += [f"ascent_{name}" for name in cheaper.changed]
             given += [name for name in ("replay_rng", "sync_ascent") if not getattr(self, name)]

@@ -103,6 +103,12 @@ def of(optimizer: SharpnessAwareOptimizer) -> Phases:
     return [("perturb", optimizer.perturb), ("restore", optimizer.restore), ("step", optimizer.step)]
 
 
+def natively(optimizer: SharpnessAwareOptimizer) -> Phases:
+    """Return the phases of an optimizer of ours that perturbs by its own kernels."""
+    optimizer.use_ascent_kernels("native")
+    return of(optimizer)
+
+
 def copy(parameters: list[Tensor]) -> Phases:
     """Return the copy of the weights, which tells the bandwidth."""
     target = [torch.empty_like(parameter) for parameter in parameters]
@@ -121,6 +127,7 @@ def cases(with_peers: bool) -> dict[str, Case]:
         COPY: Case(copy, 2, 1),
         "AdamW (fused)": Case(lambda p: [("step", torch.optim.AdamW(p, lr=1e-5, fused=True).step)], 7, 2),
         OURS: Case(lambda p: of(LightSAM(p, lr=1e-5)), 1 + 7 + 7, 5),
+        f"{OURS}, native": Case(lambda p: natively(LightSAM(p, lr=1e-5)), 1 + 7 + 7, 5),
         f"{OURS}, factored ascent": Case(lambda p: of(LightSAM(p, lr=1e-5, ascent_state="factored")), 1 + 1 + 4 + 7, 4),
         "LightSAM-Adagrad": Case(lambda p: of(LightSAM(p, lr=1e-5, variant="adagrad")), 1 + 5 + 5, 3),
         "LightSAM-AdaGrad-Norm": Case(lambda p: of(LightSAM(p, lr=1e-5, variant="adagrad_norm")), 1 + 3 + 1 + 3, 1),

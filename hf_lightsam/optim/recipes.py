@@ -119,8 +119,12 @@ class Recipe:
                 )
         arguments = {**self.fixed, **prepared}
         arguments = {"lr": self.optimizer.default_lr(**arguments) if lr is None else lr, **arguments}
-        self.optimizer([torch.zeros(1, requires_grad=True)], **arguments)  # the optimizer checks its own arguments
+        self.example(arguments)  # the optimizer checks its own arguments
         return arguments
+
+    def example(self, arguments: Mapping[str, Any]) -> SharpnessAwareOptimizer:
+        """Return an optimizer of one weight, made with what :meth:`arguments` gave, to be asked what it can do."""
+        return self.optimizer([torch.zeros(1, requires_grad=True)], **arguments)
 
     def parse(self, text: str | None, argument: str = "optim_args") -> dict[str, Any]:
         """Parse ``"rho=1e-3,rho_scale=coordinate"``.

@@ -19,12 +19,13 @@ from ..passes.plan import GradientPlan
 from ..passes.two_pass import TwoPass
 from ..tensors import can_leave_storage, check_gradient, copy_, difference_norm, local, total_norm
 from .radius import LAST_STEP, RHO_SCHEDULES, longest_perturbation, note_step, schedule_factor, shorten_
-from .rules import Rule
+from .rules import Rule, native
 from .rules.base import Group
 from .validation import Params, check_choice, check_number, check_parameter
 
 RHO_SCALES = ("global", "coordinate")
 SAVED_WEIGHTS = ("device", "host")
+ASCENT_KERNELS = ("torch", "native")
 PINNED_FOR = ("cuda", "xpu")
 """Types of devices for which memory of the host is pinned."""
 
@@ -122,6 +123,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         "rho_schedule",
         "adaptive_rho",
         "saved_weights",
+        "ascent_kernels",
     )
     """Attributes that a pickle or a copy keeps; subclasses add theirs."""
 
@@ -141,6 +143,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self.rho_schedule = check_choice("rho_schedule", rho_schedule, RHO_SCHEDULES)
         self.adaptive_rho = check_choice("adaptive_rho", adaptive_rho, (True, False))
         self.saved_weights = "device"
+        self.ascent_kernels = "torch"
         if self.has_changing_radius and self.plan_class is not TwoPass:
             raise UsageError(
                 f"rho_schedule={rho_schedule!r}, adaptive_rho={adaptive_rho!r}: {type(self).__name__} does not take "
@@ -216,6 +219,39 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
                 f"saved_weights={where!r}: {cls.__name__} computes with them on the device; expected 'device'"
             )
         return where
+
+    @property
+    def has_native_ascent(self) -> bool:
+        """Whether :meth:`use_ascent_kernels` takes ``"native"``, where there is a compiler."""
+        groups = self.ascent.param_groups
+        is_usual = all(group["maximize"] and not group["weight_decay"] for group in groups)
+        return self.ascent.is_native() and is_usual and not self.adaptive_rho
+
+    def use_ascent_kernels(self, whose: str) -> None:
+        """Choose whose kernels perturb the weights.
+
+        Args:
+            whose: ``"torch"``, or ``"native"``: this package's own for CPUs
+                (:mod:`~hf_lightsam.optim.rules.native`), which are built now. They copy and perturb in one pass over
+                memory, for the same weights up to rounding. They take float32 weights in storages of their own, whose
+                gradients are laid out alike; in a step with any other, torch's are used.
+
+        Raises:
+            UsageError: For another value, an ascent that has no such kernel, ``adaptive_rho``, or where there is no
+                compiler to build them.
+        """
+        self._refuse_while_perturbed("use_ascent_kernels")
+        if check_choice("ascent_kernels", whose, ASCENT_KERNELS) == "native":
+            asked = f"ascent_kernels={whose!r}"
+            if self.adaptive_rho:
+                raise UsageError(f"{asked}: adaptive_rho=True moves the weights twice; expected 'torch', or False")
+            if not self.has_native_ascent:
+                raise UsageError(
+                    f"{asked}: the ascent of {type(self).__name__} here, {type(self.ascent).__name__}, has none; "
+                    "expected 'torch'"
+                )
+            native.library()
+        self.ascent_kernels = whose
 
     def make_plan(self, *, cheaper: CheaperAscent | None = None, **options: Any) -> GradientPlan:
         """Return a plan around this optimizer.
@@ -309,15 +345,21 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._ascended = True
         if not parameters:
             return
-        self.ascent_grad_norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        is_native = self.ascent_kernels == "native" and native.can_take(parameters)
+        measure = native.total_norm if is_native else total_norm
+        self.ascent_grad_norm = measure([p.grad for p in parameters if p.grad is not None])
         root_of_size = math.sqrt(sum(p.numel() for p in parameters))
         for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
             group["lr"] = main["rho"] / (root_of_size if main["rho_scale"] == "global" else 1.0)
             if self.rho_schedule != "constant":
                 group["lr"] *= schedule_factor(main)
-        self._hold(parameters)
+        is_filled = self._hold(parameters, may_leave_unfilled=is_native)
         try:
-            self.ascent.ascend(groups, self.ascent_grad_norm)
+            if is_filled:
+                self.ascent.ascend(groups, self.ascent_grad_norm)
+            else:
+                origins = {id(p): saved for p, saved in zip(parameters, self._saved, strict=True)}
+                self.ascent.fill(groups, self.ascent_grad_norm, origins)
             self._adapt_rho()
         except BaseException:
             self.restore()
@@ -344,13 +386,23 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             share = shorten_(self._perturbed, self._saved, longest)
         self.effective_rho = rho * share
 
-    def _hold(self, parameters: list[Tensor]) -> None:
-        """Save parameters that are about to be moved, or have them move in the place of their copies."""
+    def _hold(self, parameters: list[Tensor], *, may_leave_unfilled: bool = False) -> bool:
+        """Save parameters that are about to be moved, or have them move in the place of their copies.
+
+        Args:
+            parameters: Which.
+            may_leave_unfilled: Make no copies if all are to move in those: whoever moves them fills them.
+
+        Returns:
+            Whether the copies were made.
+        """
         _forget_casts()
         buffers = [self._buffer(p) for p in parameters]
-        copy_(buffers, parameters, self._is_pinned(parameters))
         everyone = [p for group in self.param_groups for p in group["params"]]
         can_leave = [not self.adaptive_rho and can for can in can_leave_storage(parameters, buffers, everyone)]
+        is_filled = not (may_leave_unfilled and all(can_leave))
+        if is_filled:
+            copy_(buffers, parameters, self._is_pinned(parameters))
         self._saved = [
             p.detach() if leaves else buffer for p, buffer, leaves in zip(parameters, buffers, can_leave, strict=True)
         ]
@@ -359,6 +411,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         _perturbed_by.update(dict.fromkeys(map(id, parameters), weakref.ref(self)))
         for index in self._away:
             parameters[index].data = buffers[index]
+        return is_filled
 
     def _ascent_groups(self) -> list[Group]:
         """Return the ascent's groups that have a radius, with the options that they share with the descent's."""

@@ -53,7 +53,7 @@ _HELP = {
 """Where a default is another, what ``--help`` says of it too."""
 
 _CHEAPER = tuple(f"ascent_{each.name}" for each in dataclasses.fields(CheaperAscent))
-_RUN_FIELDS = ("replay_rng", "sync_ascent", "validation_fraction", "saved_weights", *_CHEAPER)
+_RUN_FIELDS = ("replay_rng", "sync_ascent", "validation_fraction", "saved_weights", "ascent_kernels", *_CHEAPER)
 """Fields of :class:`LightSAMTrainingArguments` that are no options of an optimizer."""
 
 _OPTIONS = tuple(
@@ -224,6 +224,8 @@ class Request:
             dropped.add("validation_fraction")  # the other methods refuse it
         if method.name not in RECIPES or RECIPES[method.name].optimizer.reads_saved_weights:
             dropped.add("saved_weights")
+        if not _has_native_ascent(method):
+            dropped.add("ascent_kernels")
         possible = RECIPES[method.name].optimizer.plan_class.cheaper_options if method.name in RECIPES else ()
         dropped |= set(_CHEAPER) - {f"ascent_{name}" for name in possible}  # likewise
         values = {name: value for name, value in values.items() if name not in dropped}
@@ -415,6 +417,14 @@ def _common(recipe: Recipe) -> dict[str, Any]:
                     "for all tasks"
                 )
     return recipe.defaults
+
+
+def _has_native_ascent(method: Method) -> bool:
+    """Whether a method takes ``ascent_kernels="native"``."""
+    if method.name not in RECIPES:
+        return False
+    recipe = RECIPES[method.name]
+    return recipe.example(recipe.arguments(None, recipe.parse(method.options))).has_native_ascent
 
 
 def _of_task(recipe: Recipe | None, task: GlueTask) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adagrad import adagrad
 
 from ..validation import Params, check_start
+from . import native
 from .base import Group, Kernels, Rule
 
 
@@ -69,3 +70,9 @@ class AdaGrad(Rule):
             eps=0.0,
             maximize=group["maximize"],
         )
+
+    def _fill(
+        self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        torch._foreach_add_([self.state[p]["step"] for p in parameters], 1.0)
+        native.adagrad(origins, gradients, parameters, self._local_state(parameters, "sum"), group["lr"])

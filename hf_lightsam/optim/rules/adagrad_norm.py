@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..validation import Params, check_choice, check_number
+from . import native
 from .base import Group, Kernels, Rule, gradient_norm
 from .steepest import scaled_gradient_
 
@@ -79,8 +80,15 @@ class AdaGradNorm(Rule):
         gradients: list[Tensor],
         kernels: Kernels,
     ) -> None:
-        length = group["lr"] * (self._root_of_size if group["lr_scale"] == "coordinate" else 1.0)
-        scaled_gradient_(weights, gradients, length * self._inverse_root, group["maximize"], kernels)
+        scaled_gradient_(weights, gradients, self._length(group) * self._inverse_root, group["maximize"], kernels)
+
+    def _length(self, group: Group) -> float | Tensor:
+        return group["lr"] * (self._root_of_size if group["lr_scale"] == "coordinate" else 1.0)
+
+    def _fill(
+        self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        native.scaled(origins, gradients, parameters, float(self._length(group) * self._inverse_root))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, and make the accumulator one tensor again, in its own dtype (torch casts it to the parameters')."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from ..validation import Params, check_betas, check_choice, check_number
+from . import native
 from .base import Group, Kernels, Rule
 
 DENOMINATOR_FLOOR = 1e-16
@@ -101,4 +103,27 @@ class Adam(Rule):
             weight_decay=0.0,
             eps=DENOMINATOR_FLOOR,
             maximize=group["maximize"],
+        )
+
+    def _fill(
+        self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        steps = [self.state[p]["step"] for p in parameters]
+        torch._foreach_add_(steps, 1.0)
+        rates, roots = [group["lr"]] * len(steps), [1.0] * len(steps)
+        beta1, beta2 = group["betas"]
+        if group["bias_correction"]:
+            taken = [step.item() for step in steps]
+            rates = [group["lr"] / (1.0 - beta1**number) for number in taken]
+            roots = [1.0 / math.sqrt(1.0 - beta2**number) for number in taken]
+        native.adam(
+            origins,
+            gradients,
+            parameters,
+            self._local_state(parameters, "exp_avg"),
+            self._local_state(parameters, "exp_avg_sq"),
+            rates=rates,
+            roots=roots,
+            betas=group["betas"],
+            eps=DENOMINATOR_FLOOR,
         )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ...errors import UsageError
-from ...tensors import check_gradient, local, total_norm
+from ...tensors import check_gradient, copy_, local, total_norm
 from ..validation import Params, check_kernels, check_number, check_parameter, check_rate
 
 Group = dict[str, Any]
@@ -131,6 +133,42 @@ class Rule(torch.optim.Optimizer, ABC):
         """
         skip = ~(torch.isfinite(grad_norm) & (grad_norm > 0))
         self._move(groups, grad_norm, skip)
+
+    @classmethod
+    def is_native(cls) -> bool:
+        """Whether :meth:`fill` works: a class that moves in a way of its own has to fill in that way too."""
+        for base in cls.__mro__:
+            if vars(base).keys() & {"_fill", "_update", "_move", "ascend"}:
+                return "_fill" in vars(base)
+        return False
+
+    @torch.no_grad()
+    def fill(self, groups: Sequence[Group], grad_norm: Tensor, origins: Mapping[int, Tensor]) -> None:
+        """As :meth:`ascend`, by native kernels, with the weights elsewhere: where they end is written, once.
+
+        Args:
+            groups: As for :meth:`ascend`; their parameters satisfy :func:`~hf_lightsam.optim.rules.native.can_take`.
+            grad_norm: Likewise.
+            origins: Where the weights of each parameter lie, by its ``id``; what the parameters hold is not read.
+        """
+        members = [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
+        everyone = [p for _, parameters in members for p in parameters]
+        self.make_state(groups)
+        increment_version(everyone)  # autograd does not see what the kernels write
+        length = grad_norm.item()
+        if not (math.isfinite(length) and length > 0):
+            copy_(everyone, [origins[id(p)] for p in everyone])
+            return
+        self._prepare(everyone, grad_norm, None)
+        for group, parameters in members:
+            if parameters:
+                self._fill(group, parameters, [origins[id(p)] for p in parameters], local_gradients(parameters))
+
+    def _fill(
+        self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        """Write to ``parameters`` where ``origins`` end; see :meth:`is_native`."""
+        raise NotImplementedError
 
     def _move(self, groups: Sequence[Group], grad_norm: Tensor | None, skip: Tensor | None) -> None:
         members = [

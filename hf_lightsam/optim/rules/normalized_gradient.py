@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..validation import Params
+from . import native
 from .base import Group, Kernels, Rule, gradient_norm
 from .steepest import scaled_gradient_
 
@@ -56,6 +57,12 @@ class NormalizedGradient(Rule):
     ) -> None:
         assert self._inverse_norm is not None
         scaled_gradient_(weights, gradients, group["lr"] * self._inverse_norm, group["maximize"], kernels)
+
+    def _fill(
+        self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        assert self._inverse_norm is not None
+        native.scaled(origins, gradients, parameters, float(group["lr"] * self._inverse_norm))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_inverse_norm": None}

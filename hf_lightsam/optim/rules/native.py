@@ -1,0 +1,160 @@
+"""Kernels of this package's own for CPUs: what an ascent does to each weight, in one pass over memory.
+
+torch has no kernel that takes weights from one place and writes what becomes of them to another, so that an ascent by
+its kernels is a copy and a step within the copy; and its norm takes a multiple of the time in which memory is read. The
+kernels here are :file:`native.c`, some hundred lines of C and OpenMP, built by the machine's own compiler for its own
+processor, in a fraction of a second, when a process first asks for them. What they compute is what torch's do, up to
+rounding, and independent of the number of threads.
+
+All of them take lists of float32 tensors on the CPU, laid out alike: :func:`can_take` tells.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UsageError
+from .base import same_layout
+
+SOURCE = Path(__file__).with_suffix(".c")
+BLOCK = 4096
+"""As in the source."""
+
+FLAGS = ("-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Build the kernels, once in a process, and load them.
+
+    Raises:
+        UsageError: If there is no compiler, or it cannot build them.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    told = ""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "native.so"
+        for own in (("-march=native",), ()):  # which not all compilers know
+            try:
+                command = [*compiler, *FLAGS, *own, str(SOURCE), "-o", str(target), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                return ctypes.CDLL(str(target))
+            except subprocess.CalledProcessError as error:
+                told = error.stderr
+            except OSError as error:
+                told = str(error)
+    raise UsageError(
+        f"ascent_kernels='native': {shlex.join(compiler)} could not build them ({' '.join(told.split())[:500]}); "
+        "expected a C compiler with OpenMP, such as gcc, named in the environment variable CC if it is not cc; or "
+        "'torch'"
+    )
+
+
+def can_take(parameters: Sequence[Tensor]) -> bool:
+    """Whether the kernels can move these parameters, along the gradients that they have."""
+    return all(
+        type(p) in (Tensor, nn.Parameter)
+        and p.device.type == "cpu"
+        and p.dtype == torch.float32
+        and p.grad is not None
+        and p.grad.dtype == torch.float32
+        and same_layout(p, p.grad)
+        for p in parameters
+    )
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all tensors taken as one vector, a float32 scalar; summed up in float64."""
+    lists = _Lists(gradients)
+    partial = torch.empty(lists.blocks, dtype=torch.float64)
+    lists.call("squares", _pointers(gradients), ctypes.c_void_p(partial.data_ptr()))
+    return partial.sum().sqrt().float()
+
+
+def scaled(origins: Sequence[Tensor], gradients: Sequence[Tensor], targets: Sequence[Tensor], scale: float) -> None:
+    """Write ``origins + scale * gradients`` to ``targets``."""
+    _Lists(origins).call("scaled", *map(_pointers, (origins, gradients, targets)), ctypes.c_float(scale))
+
+
+def adagrad(
+    origins: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    lr: float,
+) -> None:
+    """Add the gradients' squares to ``sums``, and write ``origins + lr * gradients / sqrt(sums)`` to ``targets``."""
+    _Lists(origins).call("adagrad", *map(_pointers, (origins, gradients, targets, sums)), ctypes.c_float(lr))
+
+
+def adam(
+    origins: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    rates: Sequence[float],
+    roots: Sequence[float],
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Take an ascending step of Adam from ``origins``, and write where it ends to ``targets``.
+
+    As torch does where it maximizes, ``exp_avgs`` are averages of the negative gradients, and what is written is
+    ``origins - rate * exp_avg / (root * sqrt(exp_avg_sq) + eps)``.
+
+    Args:
+        origins: Weights.
+        gradients: Their gradients.
+        targets: Where to.
+        exp_avgs: First moments, updated in place.
+        exp_avg_sqs: Second moments, likewise.
+        rates: Step size of each tensor.
+        roots: Factor of each tensor's roots of second moments.
+        betas: Decay rates.
+        eps: Added to denominators.
+    """
+    floats, (beta1, beta2) = ctypes.c_float * len(origins), betas
+    numbers = (beta1, beta2, 1.0 - beta1, 1.0 - beta2, eps)
+    _Lists(origins).call(
+        "adam",
+        *map(_pointers, (origins, gradients, targets, exp_avgs, exp_avg_sqs)),
+        floats(*rates),
+        floats(*roots),
+        *map(ctypes.c_float, numbers),
+    )
+
+
+class _Lists:
+    """What all kernels are told of lists of tensors: how many, their sizes, and how blocks are numbered."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        sizes = [tensor.numel() for tensor in tensors]
+        first = [0, *accumulate(-(-size // BLOCK) for size in sizes)]
+        self.blocks = first[-1]
+        self._head = (
+            ctypes.c_int64(len(sizes)),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            (ctypes.c_int64 * len(first))(*first),
+        )
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a kernel, with as many threads as torch has."""
+        getattr(library(), name)(*self._head, *arguments, ctypes.c_int(torch.get_num_threads()))
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -1,0 +1,384 @@
+"""The ascents' own kernels for CPUs: torch's movements up to rounding; or torch's, where they do not apply."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_args, make_bert, make_rows, train
+from torch import Tensor
+
+from hf_lightsam import SAM, LightSAM, LightSAMTrainer, UsageError
+from hf_lightsam.glue.suite.arguments import parse
+from hf_lightsam.loop import SharpnessAwareLoop
+from hf_lightsam.optim import ASAM, SharpnessAwareOptimizer
+from hf_lightsam.optim.recipes import RECIPES
+from hf_lightsam.optim.rules import Adam, NormalizedGradient, native
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+pytestmark = needs_a_compiler
+
+SHAPES = [(300, 70), (70,), (5, native.BLOCK), (3, 5, 2), (1,), (), (native.BLOCK + 130,)]
+NATIVE = {
+    "lightsam_adam": {},
+    "lightsam_adam to the letter": {"rho_scale": "coordinate", "rho": 1e-3},
+    "lightsam_adagrad": {},
+    "lightsam_adagrad_norm": {},
+    "lightsam": {"ascent": "adagrad", "descent": "adam"},
+    "sam": {},
+    "adasam": {},
+}
+
+
+def weights(shapes: Any = SHAPES, **options: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, **options).requires_grad_() for shape in shapes]
+
+
+def give_gradients(parameters: list[Tensor], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        values = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.grad = torch.empty_like(parameter).copy_(values).mul_(1e-2)
+
+
+def make(name: str, parameters: list[Tensor], whose: str = "native", **options: Any) -> SharpnessAwareOptimizer:
+    recipe = RECIPES[name.split()[0]]
+    optimizer = recipe.optimizer(parameters, **recipe.arguments(1e-3, {**NATIVE.get(name, {}), **options}))
+    optimizer.use_ascent_kernels(whose)
+    return optimizer
+
+
+@pytest.fixture
+def filled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each ascent was by native kernels."""
+    found: list[bool] = []
+    fill, ascend = NormalizedGradient.fill, NormalizedGradient.ascend  # both of Rule
+    rule = NormalizedGradient.__mro__[1]
+    monkeypatch.setattr(rule, "fill", lambda *args: (found.append(True), fill(*args)))
+    monkeypatch.setattr(rule, "ascend", lambda *args: (found.append(False), ascend(*args)))
+    return found
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_same_movements_as_torch_s(name: str, filled: list[bool]) -> None:
+    """Perturbed weights, stepped weights and all states agree over some steps; and weights come back bit for bit."""
+    sides = {}
+    for whose in ("torch", "native"):
+        parameters = weights()
+        optimizer = make(name, parameters, whose)
+        places = []
+        for number in range(4):
+            give_gradients(parameters, number)
+            before = [p.detach().clone() for p in parameters]
+            with optimizer.perturbed():
+                places.append([p.detach().clone() for p in parameters])
+                give_gradients(parameters, 100 + number)
+            assert all(torch.equal(p, saved) for p, saved in zip(parameters, before, strict=True))
+            optimizer.step()
+        sides[whose] = parameters, places, optimizer
+    (ours, near, optimizer), (expected, far, other) = sides["native"], sides["torch"]
+    assert filled == [False] * 4 + [True] * 4
+    for found, wanted in zip(chain(*near, ours), chain(*far, expected), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    # The moves themselves too, as far as the rounding of weights of size 1 lets them be seen.
+    for found, wanted, start in zip(near[0], far[0], weights(), strict=True):
+        torch.testing.assert_close(found - start, wanted - start, rtol=1e-2, atol=3e-7)
+    torch.testing.assert_close(optimizer.ascent_grad_norm, other.ascent_grad_norm, rtol=1e-6, atol=0.0)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert optimizer.ascent.state[mine].keys() == other.ascent.state[theirs].keys()
+        for key, value in optimizer.ascent.state[mine].items():
+            wanted = other.ascent.state[theirs][key]
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+
+
+def test_every_ascent_that_says_so_has_one() -> None:
+    """A method that is added to the family, and moves as another one does, is told by this."""
+    expected = {*(name.split()[0] for name in NATIVE), "msam", "sampa", "lets_sam"}
+    found = {name for name, recipe in RECIPES.items() if recipe.example(recipe.arguments(None, {})).has_native_ascent}
+    assert found == expected
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_form_iii_against_float64(bias_correction: bool) -> None:
+    parameters = weights()
+    optimizer = LightSAM(parameters, lr=0.0, rho=0.3, bias_correction=bias_correction, betas=(0.8, 0.95))
+    optimizer.use_ascent_kernels("native")
+    size = sum(p.numel() for p in parameters)
+    r, u = ([np.full(p.shape, start, np.float64) for p in parameters] for start in (0.0, 1e-16))
+    for number in range(1, 4):
+        give_gradients(parameters, number)
+        gradients = [p.grad.double().numpy() for p in parameters]  # type: ignore[union-attr]
+        before = [p.detach().double().numpy() for p in parameters]
+        optimizer.perturb()
+        for k, (parameter, x, s) in enumerate(zip(parameters, before, gradients, strict=True)):
+            r[k] = 0.8 * r[k] + 0.2 * s
+            u[k] = 0.95 * u[k] + 0.05 * s * s
+            first = r[k] / (1 - 0.8**number) if bias_correction else r[k]
+            second = u[k] / (1 - 0.95**number) if bias_correction else u[k]
+            expected = x + 0.3 / math.sqrt(size) * first / np.sqrt(second)
+            np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=2e-6, atol=2e-7)
+        optimizer.restore()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["lightsam_adam", "lightsam_adagrad", "sam"])
+def test_large_lists_and_any_number_of_threads(name: str) -> None:
+    """Beyond the size from which results are written past the caches; bit for bit the same with one thread or two."""
+    threads, sides = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            parameters = weights([(2048, native.BLOCK + 1), (300, 70), (7,)])
+            optimizer = make(name, parameters)
+            give_gradients(parameters, 1)
+            optimizer.perturb()
+            sides.append([optimizer.ascent_grad_norm, *(p.detach().clone() for p in parameters)])
+            optimizer.restore()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for side in sides[1:] for a, b in zip(side, sides[0], strict=True))
+    parameters = weights([(2048, native.BLOCK + 1), (300, 70), (7,)])
+    optimizer = make(name, parameters, "torch")
+    give_gradients(parameters, 1)
+    with optimizer.perturbed():
+        for parameter, found in zip(parameters, sides[0][1:], strict=True):
+            torch.testing.assert_close(found, parameter.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_gradient_without_a_direction_moves_nothing(name: str, value: float) -> None:
+    parameters = weights()
+    optimizer = make(name, parameters)
+    give_gradients(parameters, 0)
+    with optimizer.perturbed():
+        pass
+    state = copy.deepcopy(optimizer.ascent.state_dict()["state"])
+    for parameter in parameters if value == 0.0 else parameters[-1:]:
+        parameter.grad.fill_(value)  # type: ignore[union-attr]
+    before = [p.detach().clone() for p in parameters]
+    with optimizer.perturbed():
+        assert all(torch.equal(p, saved) for p, saved in zip(parameters, before, strict=True))
+    for key, values in optimizer.ascent.state_dict()["state"].items():
+        assert all(torch.equal(value, state[key][each]) for each, value in values.items())
+
+
+def with_channels_last() -> list[Tensor]:
+    parameters = weights([(4, 3, 5, 6), (8,)])
+    return [parameters[0].detach().to(memory_format=torch.channels_last).requires_grad_(), parameters[1]]
+
+
+def with_another_layout_of_a_gradient() -> list[Tensor]:
+    return weights([(8, 6)])
+
+
+def with_one_storage_for_two() -> list[Tensor]:
+    whole = torch.randn(20)
+    return [whole[:10].requires_grad_(), whole[10:].requires_grad_()]
+
+
+@pytest.mark.parametrize(
+    ("make_weights", "is_native"),
+    [
+        (weights, True),
+        (with_channels_last, True),
+        (lambda: weights([(8,), (3,)], dtype=torch.float64), False),
+        (lambda: weights([(8,), (3,)], dtype=torch.bfloat16), False),
+        (lambda: [*weights([(8,)]), *weights([(3,)], dtype=torch.float64)], False),
+        (with_one_storage_for_two, False),
+        (with_another_layout_of_a_gradient, False),
+    ],
+    ids=["usual", "channels last", "float64", "bfloat16", "mixed", "one storage", "gradient laid out otherwise"],
+)
+def test_what_they_cannot_take_is_moved_by_torch_s(make_weights: Any, is_native: bool, filled: list[bool]) -> None:
+    sides = []
+    for whose in ("torch", "native"):
+        torch.manual_seed(0)
+        parameters = make_weights()
+        optimizer = LightSAM(parameters, rho=1.0)
+        optimizer.use_ascent_kernels(whose)
+        give_gradients(parameters, 0)
+        if make_weights is with_another_layout_of_a_gradient:
+            parameters[0].grad = parameters[0].grad.t().contiguous().t()  # type: ignore[union-attr]
+        before = [p.detach().clone() for p in parameters]
+        with optimizer.perturbed():
+            sides.append([p.detach().clone() for p in parameters])
+        assert all(torch.equal(p, saved) for p, saved in zip(parameters, before, strict=True))
+        assert all(p.stride() == saved.stride() for p, saved in zip(parameters, sides[-1], strict=True))
+    assert filled == [False, is_native]
+    for found, wanted in zip(*sides, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_without_a_gradient_and_groups_of_their_own_radius(filled: list[bool]) -> None:
+    sides = []
+    for whose in ("torch", "native"):
+        parameters = weights([(8,), (9,), (10,), (11,)])
+        groups = [{"params": parameters[:2]}, {"params": parameters[2:3], "rho": 0.0}, {"params": parameters[3:]}]
+        groups[2]["rho"] = 2.0
+        optimizer = LightSAM(groups, rho=1.0)
+        optimizer.use_ascent_kernels(whose)
+        give_gradients(parameters, 0)
+        parameters[1].grad = None
+        with optimizer.perturbed():
+            sides.append([p.detach().clone() for p in parameters])
+    assert filled == [False, True]
+    start = weights([(8,), (9,), (10,), (11,)])
+    assert [torch.equal(a, b) for a, b in zip(sides[1], start, strict=True)] == [False, True, True, False]
+    for found, wanted in zip(*sides, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_checkpoint_of_either_is_the_other_s() -> None:
+    sides = []
+    for first, second in (("torch", "torch"), ("torch", "native"), ("native", "torch")):
+        parameters = weights()
+        state = None
+        for whose in (first, second):
+            optimizer = make("lightsam_adam", parameters, whose)
+            if state is not None:
+                optimizer.load_state_dict(state)
+            for number in range(2):
+                give_gradients(parameters, number)
+                with optimizer.perturbed():
+                    give_gradients(parameters, 10 + number)
+                optimizer.step()
+            state = copy.deepcopy(optimizer.state_dict())
+        sides.append(parameters)
+    for side in sides[1:]:
+        for found, wanted in zip(side, sides[0], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_ascent_with_a_way_of_its_own_has_none() -> None:
+    class Sideways(NormalizedGradient):
+        def _update(self, *args: Any) -> None: ...
+
+    class Further(Sideways):
+        def _prepare(self, *args: Any) -> None: ...
+
+    class Back(Further):
+        def _fill(self, *args: Any) -> None: ...
+
+    assert [rule.is_native() for rule in (Adam, NormalizedGradient, Sideways, Further, Back)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("whose", ["torch", "native"])
+def test_a_graph_of_the_weights_before_is_refused_at_the_perturbed_ones(whose: str) -> None:
+    first, second = weights([(4, 5), (5, 3)])
+    optimizer = SAM([first, second], "sgd", lr=0.1, rho=1.0)
+    optimizer.use_ascent_kernels(whose)
+    loss = (first @ second).square().sum()
+    give_gradients([first, second], 0)
+    with optimizer.perturbed(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_copy_keeps_the_choice() -> None:
+    optimizer = make("sam", weights())
+    assert copy.deepcopy(optimizer).ascent_kernels == "native"
+
+
+# ---- In training ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", ["lightsam_adam", "sam", "msam", "sampa", "lets_sam"])
+def test_in_the_trainer(tmp_path: Path, optim: str, filled: list[bool]) -> None:
+    options: dict[str, Any] = {"optim": optim, "adam_epsilon": 1e-4, "max_steps": 3}
+    states = [
+        train(tmp_path / whose, ascent_kernels=whose, **options).model.state_dict() for whose in ("torch", "native")
+    ]
+    assert set(filled[: len(filled) // 2]) == {False}
+    assert set(filled[len(filled) // 2 :]) == {True}
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_optimizer_of_ones_own_keeps_its_choice(tmp_path: Path) -> None:
+    model = make_bert()
+    optimizer = LightSAM(model.parameters())
+    optimizer.use_ascent_kernels("native")
+    args = make_args(tmp_path, max_steps=1)
+    LightSAMTrainer(model, args, train_dataset=make_rows(), optimizers=(optimizer, None)).train()
+    assert optimizer.ascent_kernels == "native"
+
+
+def test_in_the_loop() -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = SAM(model.parameters(), "sgd", lr=0.1)
+    SharpnessAwareLoop(Accelerator(cpu=True), model, optimizer, lambda m, b: m(b).sum(), ascent_kernels="native")
+    assert optimizer.ascent_kernels == "native"
+
+
+def test_in_a_suite_methods_that_have_none_go_without(tmp_path: Path) -> None:
+    further = ["asam", "lightsam_adam:adaptive_rho=true", "adamw_torch"]
+    flags = ["--ascent_kernels", "native", "--output_dir", str(tmp_path), "--baseline", "none"]
+    argv = ["--optim", "lightsam_adam", "--methods", *further, *flags]
+    request = parse(argv, "suite")
+    task = request.tasks[0]
+    found = [request.training_arguments(task, each, 0, tmp_path).ascent_kernels for each in request.methods]
+    assert found == ["native", None, None, None]
+
+
+# ---- Refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    weight = torch.zeros(2, requires_grad=True)
+    with pytest.raises(UsageError, match="ascent_kernels='cuda'"):
+        LightSAM([weight]).use_ascent_kernels("cuda")
+    with pytest.raises(UsageError, match="ascent of ASAM here, AdaptiveGradient, has none"):
+        ASAM([weight], "sgd", lr=0.1).use_ascent_kernels("native")
+    with pytest.raises(UsageError, match="FactoredAdam, has none"):
+        LightSAM([weight], ascent_state="factored").use_ascent_kernels("native")
+    with pytest.raises(UsageError, match="adaptive_rho=True moves the weights twice"):
+        LightSAM([weight], adaptive_rho=True).use_ascent_kernels("native")
+    for optim, told in (("asam", "AdaptiveGradient, has none"), ("adamw_torch", "not an option of optim='adamw_torch")):
+        with pytest.raises(UsageError, match=told):
+            make_args(tmp_path, optim=optim, ascent_kernels="native")
+    optimizer = SAM([weight], "sgd", lr=0.1)
+    weight.grad = torch.ones(2)
+    with optimizer.perturbed(), pytest.raises(RuntimeError, match="while the weights are perturbed"):
+        optimizer.use_ascent_kernels("native")
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_no_compiler(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", compiler)
+    native.library.cache_clear()
+    try:
+        with pytest.raises(UsageError, match=f"{compiler} could not build them .*; expected a C compiler with OpenMP"):
+            make_args(tmp_path, ascent_kernels="native")
+    finally:
+        native.library.cache_clear()
+    make_args(tmp_path, ascent_kernels="torch")
+
+
+def test_on_an_accelerator_it_is_refused(tmp_path: Path) -> None:
+    class Elsewhere(LightSAMTrainer):
+        def _refuse_engines(self) -> None:
+            self.is_fsdp_enabled = True
+            self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
+            try:
+                super()._refuse_engines()
+            finally:
+                self.accelerator.state.fsdp_plugin = None
+
+    with pytest.raises(UsageError, match="ascent_kernels='native', which are for whole weights on CPUs"):
+        Elsewhere(make_bert(), make_args(tmp_path, ascent_kernels="native"), train_dataset=make_rows())
