@@ -364,6 +364,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.restore()
             raise
+        # Fused and native kernels do not tell autograd: a graph of the weights before is refused, not run with these.
+        increment_version(self._perturbed)
 
     def _refuse_capturable_on_cpus(self) -> None:
         for group in self.param_groups:

@@ -74,5 +74,6 @@ class AdaGrad(Rule):
     def _fill(
         self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
-        torch._foreach_add_([self.state[p]["step"] for p in parameters], 1.0)
-        native.adagrad(origins, gradients, parameters, self._local_state(parameters, "sum"), group["lr"])
+        states = [self.state[p] for p in parameters]
+        torch._foreach_add_([state["step"] for state in states], 1.0)
+        native.adagrad(origins, gradients, parameters, [state["sum"] for state in states], group["lr"])

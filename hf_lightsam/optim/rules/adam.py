@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,22 +107,14 @@ class Adam(Rule):
     def _fill(
         self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
-        steps = [self.state[p]["step"] for p in parameters]
-        torch._foreach_add_(steps, 1.0)
-        rates, roots = [group["lr"]] * len(steps), [1.0] * len(steps)
-        beta1, beta2 = group["betas"]
-        if group["bias_correction"]:
-            taken = [step.item() for step in steps]
-            rates = [group["lr"] / (1.0 - beta1**number) for number in taken]
-            roots = [1.0 / math.sqrt(1.0 - beta2**number) for number in taken]
+        states = [self.state[p] for p in parameters]
         native.adam(
             origins,
             gradients,
             parameters,
-            self._local_state(parameters, "exp_avg"),
-            self._local_state(parameters, "exp_avg_sq"),
-            rates=rates,
-            roots=roots,
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+            lr=group["lr"],
             betas=group["betas"],
             eps=DENOMINATOR_FLOOR,
+            bias_correction=group["bias_correction"],
         )

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ...errors import UsageError
 from ...tensors import check_gradient, copy_, local, total_norm
@@ -154,7 +153,6 @@ class Rule(torch.optim.Optimizer, ABC):
         members = [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
         everyone = [p for _, parameters in members for p in parameters]
         self.make_state(groups)
-        increment_version(everyone)  # autograd does not see what the kernels write
         length = grad_norm.item()
         if not (math.isfinite(length) and length > 0):
             copy_(everyone, [origins[id(p)] for p in everyone])

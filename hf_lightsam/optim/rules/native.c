@@ -127,11 +127,18 @@ void adagrad(int64_t n, const int64_t *sizes, const int64_t *first, float *const
     }
 }
 
-/* firsts, seconds = averages of -gradients and of gradients^2, as torch keeps them where it maximizes;
-   targets = origins - rates[k] * firsts / (sqrt(seconds) * roots[k] + floor) */
+/* steps += 1; firsts, seconds = averages of -gradients and of gradients^2, as torch keeps them where it maximizes;
+   targets = origins - lr / c1 * firsts / (sqrt(seconds / c2) + eps), with c = 1 - beta^steps where they are corrected */
 void adam(int64_t n, const int64_t *sizes, const int64_t *first, float *const *origins, float *const *gradients,
-          float *const *targets, float *const *firsts, float *const *seconds, const float *rates, const float *roots,
-          float keep1, float keep2, float add1, float add2, float floor, int threads) {
+          float *const *targets, float *const *firsts, float *const *seconds, float *const *steps, double lr,
+          double beta1, double beta2, float eps, int is_corrected, int threads) {
+    float keep1 = beta1, keep2 = beta2, add1 = 1 - beta1, add2 = 1 - beta2;
+    float rates[n], roots[n];
+    for (int64_t k = 0; k < n; k++) {
+        steps[k][0] += 1;
+        rates[k] = is_corrected ? lr / (1 - pow(beta1, steps[k][0])) : lr;
+        roots[k] = is_corrected ? 1 / sqrt(1 - pow(beta2, steps[k][0])) : 1;
+    }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t number = 0; number < first[n]; number++) {
         Block block = find(number, n, sizes, first);
@@ -147,7 +154,7 @@ void adam(int64_t n, const int64_t *sizes, const int64_t *first, float *const *o
                 int64_t i = tile + j;
                 r[i] = keep1 * r[i] - add1 * g[i];
                 u[i] = keep2 * u[i] + add2 * g[i] * g[i];
-                moved[j] = x[i] - rate * r[i] / (sqrtf(u[i]) * root + floor);
+                moved[j] = x[i] - rate * r[i] / (sqrtf(u[i]) * root + eps);
             }
             put(w + tile, moved, length, first[n] > STREAMED);
         }

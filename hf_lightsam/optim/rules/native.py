@@ -105,16 +105,16 @@ def adam(
     targets: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
     *,
-    rates: Sequence[float],
-    roots: Sequence[float],
+    lr: float,
     betas: tuple[float, float],
     eps: float,
+    bias_correction: bool,
 ) -> None:
     """Take an ascending step of Adam from ``origins``, and write where it ends to ``targets``.
 
-    As torch does where it maximizes, ``exp_avgs`` are averages of the negative gradients, and what is written is
-    ``origins - rate * exp_avg / (root * sqrt(exp_avg_sq) + eps)``.
+    As torch does where it maximizes, ``exp_avgs`` are averages of the negative gradients, and are subtracted.
 
     Args:
         origins: Weights.
@@ -122,20 +122,15 @@ def adam(
         targets: Where to.
         exp_avgs: First moments, updated in place.
         exp_avg_sqs: Second moments, likewise.
-        rates: Step size of each tensor.
-        roots: Factor of each tensor's roots of second moments.
+        steps: How many steps each tensor has taken, float32 scalars; one more afterwards.
+        lr: Step size.
         betas: Decay rates.
         eps: Added to denominators.
+        bias_correction: Divide the moments by ``1 - beta**step``.
     """
-    floats, (beta1, beta2) = ctypes.c_float * len(origins), betas
-    numbers = (beta1, beta2, 1.0 - beta1, 1.0 - beta2, eps)
-    _Lists(origins).call(
-        "adam",
-        *map(_pointers, (origins, gradients, targets, exp_avgs, exp_avg_sqs)),
-        floats(*rates),
-        floats(*roots),
-        *map(ctypes.c_float, numbers),
-    )
+    lists = (origins, gradients, targets, exp_avgs, exp_avg_sqs, steps)
+    numbers = (*map(ctypes.c_double, (lr, *betas)), ctypes.c_float(eps), ctypes.c_int(bias_correction))
+    _Lists(origins).call("adam", *map(_pointers, lists), *numbers)
 
 
 class _Lists:
