@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_args, make_bert, make_rows, train
+from conftest import assert_same_weights, make_args, make_bert, make_rows, train
+from conftest import weights as weights_of
+from processes import train_on_ranks
+from tasks import make_task
 from torch import Tensor
 
 from hf_lightsam import SAM, LightSAM, LightSAMTrainer, UsageError
@@ -28,7 +31,8 @@ needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs 
 pytestmark = needs_a_compiler
 
 SHAPES = [(300, 70), (70,), (5, native.BLOCK), (3, 5, 2), (1,), (), (native.BLOCK + 130,)]
-NATIVE = {
+CASE: dict[str, Any] = {"task": "classification", "num_rows": 32}
+NATIVE: dict[str, dict[str, Any]] = {
     "lightsam_adam": {},
     "lightsam_adam to the letter": {"rho_scale": "coordinate", "rho": 1e-3},
     "lightsam_adagrad": {},
@@ -308,6 +312,30 @@ def test_in_the_trainer(tmp_path: Path, optim: str, filled: list[bool]) -> None:
     assert set(filled[len(filled) // 2 :]) == {True}
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ascent_kernels": "native", "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = train(tmp_path, **options)
+    resumed = train(tmp_path, resume=str(tmp_path / "out" / "checkpoint-3"), **options)
+    assert_same_weights(resumed.model, whole.model)
+
+
+def test_on_two_ranks(tmp_path: Path) -> None:
+    """The step of one process by torch's kernels, of the same rows in two pieces."""
+    fixed = {"max_steps": 3, "train_sampling_strategy": "sequential", "adam_epsilon": 1e-5}
+    fixed |= {"per_device_train_batch_size": 4}
+    cases = [
+        {"name": optim, "options": {**fixed, "optim": optim, "ascent_kernels": "native"}, **CASE}
+        for optim in ("lightsam_adam", "sam")
+    ]
+    ranks = train_on_ranks(tmp_path / "ranks", 2, cases)
+    for optim in ("lightsam_adam", "sam"):
+        model, rows = make_task("classification", 32)
+        alone = train(tmp_path / optim, model, rows=rows, optim=optim, gradient_accumulation_steps=2, **fixed)
+        assert ranks[optim]["ranks_agree"]
+        for name, tensor in weights_of(alone.model).items():
+            torch.testing.assert_close(ranks[optim]["weights"][name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_an_optimizer_of_ones_own_keeps_its_choice(tmp_path: Path) -> None:

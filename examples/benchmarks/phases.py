@@ -41,6 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "phases.json"
 
 COPY = "copy of the weights"
 OURS = "LightSAM-Adam"
+NATIVE = f"{OURS}, native"
 
 GRAPHED = ", in a graph"
 
@@ -63,6 +64,9 @@ class BenchmarkArguments:
         default=8.0, metadata={"help": "GiB to take: larger models lose layers, and fewer cases take turns."}
     )
     allocator: str = field(default="default", metadata={"help": "default, or reuse (glibc keeps what is freed)."})
+    native: bool = field(
+        default=True, metadata={"help": "LightSAM by its own kernels, too (float32 on a CPU; needs a C compiler)."}
+    )
     peers: bool = field(default=True, metadata={"help": "Measure other people's SAM too (needs pytorch-optimizer)."})
     graph: bool = field(default=False, metadata={"help": "LightSAM's phases as a CUDA graph, too (device=cuda)."})
     profile: str | None = field(default=None, metadata={"help": "Folder for a profile of each case (torch.profiler)."})
@@ -115,24 +119,27 @@ def copy(parameters: list[Tensor]) -> Phases:
     return [("step", torch.no_grad()(lambda: torch._foreach_copy_(target, parameters)))]
 
 
-def cases(with_peers: bool) -> dict[str, Case]:
+def cases(with_peers: bool, with_native: bool = True) -> dict[str, Case]:
     """Return the cases by name.
 
     Passes of AdamW: weights, gradient and two moments are read, weights and moments written, 7. Of a perturbation by
     SAM: the norm reads the gradient, then weights and gradient are read and a second copy is written, which changes
     places with the weights, so that restoring is free: 4. By LightSAM's forms: the norm, and each form's own step; the
-    factored one reads the gradient twice, and reads and writes moments of half the size.
+    factored one reads the gradient twice, and reads and writes moments of half the size. The native kernels' passes are
+    all there are; torch's make the copy in passes of its own.
     """
     found = {
         COPY: Case(copy, 2, 1),
         "AdamW (fused)": Case(lambda p: [("step", torch.optim.AdamW(p, lr=1e-5, fused=True).step)], 7, 2),
         OURS: Case(lambda p: of(LightSAM(p, lr=1e-5)), 1 + 7 + 7, 5),
-        f"{OURS}, native": Case(lambda p: natively(LightSAM(p, lr=1e-5)), 1 + 7 + 7, 5),
+        NATIVE: Case(lambda p: natively(LightSAM(p, lr=1e-5)), 1 + 7 + 7, 5),
         f"{OURS}, factored ascent": Case(lambda p: of(LightSAM(p, lr=1e-5, ascent_state="factored")), 1 + 1 + 4 + 7, 4),
         "LightSAM-Adagrad": Case(lambda p: of(LightSAM(p, lr=1e-5, variant="adagrad")), 1 + 5 + 5, 3),
         "LightSAM-AdaGrad-Norm": Case(lambda p: of(LightSAM(p, lr=1e-5, variant="adagrad_norm")), 1 + 3 + 1 + 3, 1),
         "SAM(AdamW)": Case(lambda p: of(SAM(p, "adamw", lr=1e-5)), 1 + 3 + 7, 3),
     }
+    if not with_native:
+        del found[NATIVE]
     if with_peers:
         try:
             import peers
@@ -177,7 +184,7 @@ def measure(arguments: BenchmarkArguments, name: str) -> dict[str, Any]:
         What goes into the result file; ``turns`` holds the seconds of each phase of the cases that took turns.
     """
     device, dtype = check_device(arguments.device), getattr(torch, arguments.dtype)
-    found = cases(arguments.peers)
+    found = cases(arguments.peers, arguments.native and device.type == "cpu" and dtype == torch.float32)
     most_copies = 2 + 1 + max(case.copies for case in found.values())
     budget = arguments.memory * 2**30 / dtype.itemsize
     shapes = shapes_of(name, budget / most_copies)
