@@ -88,7 +88,7 @@ def can_leave_storage(parameters: Sequence[Tensor], copies: Sequence[Tensor], ev
     ``everyone``. (Another tensor on the storage of a parameter, as those of a ``state_dict``, does not see the move.)
     """
     storages = {id(p): p.untyped_storage() for p in everyone if _is_plain(p)}
-    owners = Counter(storage.data_ptr() for storage in storages.values())
+    owners = Counter(storages[id(p)].data_ptr() for p in everyone if id(p) in storages)
 
     def can_leave(parameter: Tensor, copy: Tensor) -> bool:
         storage = storages.get(id(parameter))

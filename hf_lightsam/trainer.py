@@ -176,7 +176,7 @@ class SharpnessAwareMixin(_Base):
             "FSDP under saved_weights='host', where each rank has its shards only": (
                 self.is_fsdp_enabled and getattr(self.args, "saved_weights", None) == "host"
             ),
-            "an accelerator, or FSDP, under ascent_kernels='native', which are for whole weights on CPUs": (
+            "FSDP and accelerators under ascent_kernels='native', which are for whole weights on CPUs": (
                 getattr(self.args, "ascent_kernels", None) == "native"
                 and (self.is_fsdp_enabled or self.args.device.type != "cpu")
             ),

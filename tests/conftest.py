@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import gc
 import logging
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
+
+HAS_COMPILER = shutil.which(os.environ.get("CC") or "cc") is not None
 
 CORE = ("lightsam_adam", "lightsam_adagrad", "lightsam_adagrad_norm", "sam")
 """Methods that stand for the whole family where only the core is looked at; test_family.py goes through all."""

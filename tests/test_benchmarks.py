@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import HAS_COMPILER
 from processes import launch
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -75,7 +76,7 @@ def test_a_model_that_is_too_large_loses_layers() -> None:
 def test_groups_hold_what_there_is_memory_for() -> None:
     from phases import COPY, cases, groups
 
-    found = cases(with_peers=True)
+    found = cases(with_peers=True, with_native=True)
     for copies in (7.0, 12.0, 1000.0):
         made = groups(found, copies)
         assert [name for members in made for name in members[1:]] == [name for name in found if name != COPY]
@@ -89,11 +90,12 @@ def test_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     path = tmp_path / "r.json"
     flags = ["--models", "MiniLM-L6", "--repetitions", "2", "--results", str(path), "--profile", str(tmp_path / "p")]
+    flags += [] if HAS_COMPILER else ["--no_native"]
     phases.main(flags)
     phases.main(flags)
     assert len(phases.read(path)) == 1, "the same kind of run takes the place of the first"
     lines = capsys.readouterr().out.splitlines()
-    for case in phases.cases(with_peers=True):
+    for case in phases.cases(with_peers=True, with_native=HAS_COMPILER):
         assert any(line.startswith(f"| {case} |") for line in lines)
     told = json.loads(gzip.decompress((tmp_path / "p" / "minilm-l6-lightsam-adam.json.gz").read_bytes()))
     assert {"perturb", "restore", "step"} <= {event["name"] for event in told["traceEvents"]}
@@ -105,7 +107,7 @@ def test_each_case_of_the_phases_moves_the_weights_and_no_state_is_shared() -> N
     import phases
 
     shapes = phases.shapes_of("MiniLM-L6")
-    for name, case in phases.cases(with_peers=True).items():
+    for name, case in phases.cases(with_peers=True, with_native=HAS_COMPILER).items():
         parameters = phases.make_parameters(shapes, torch.device("cpu"), torch.float32)
         before = [parameter.detach().clone() for parameter in parameters]
         for phase, work in case.make(parameters):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_same_weights, make_args, make_bert, make_rows, train
+from conftest import HAS_COMPILER, assert_same_weights, make_args, make_bert, make_rows, train
 from conftest import weights as weights_of
 from processes import train_on_ranks
 from tasks import make_task
@@ -27,8 +26,7 @@ from hf_lightsam.optim import ASAM, SharpnessAwareOptimizer
 from hf_lightsam.optim.recipes import RECIPES
 from hf_lightsam.optim.rules import Adam, NormalizedGradient, native
 
-needs_a_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-pytestmark = needs_a_compiler
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
 
 SHAPES = [(300, 70), (70,), (5, native.BLOCK), (3, 5, 2), (1,), (), (native.BLOCK + 130,)]
 CASE: dict[str, Any] = {"task": "classification", "num_rows": 32}
@@ -108,7 +106,8 @@ def test_the_same_movements_as_torch_s(name: str, filled: list[bool]) -> None:
 def test_every_ascent_that_says_so_has_one() -> None:
     """A method that is added to the family, and moves as another one does, is told by this."""
     expected = {*(name.split()[0] for name in NATIVE), "msam", "sampa", "lets_sam"}
-    found = {name for name, recipe in RECIPES.items() if recipe.example(recipe.arguments(None, {})).has_native_ascent}
+    examples = {name: recipe.example(recipe.arguments(None, {})) for name, recipe in RECIPES.items()}
+    found = {name for name, optimizer in examples.items() if optimizer.why_no_native_ascent() is None}
     assert found == expected
 
 
@@ -186,6 +185,10 @@ def with_another_layout_of_a_gradient() -> list[Tensor]:
     return weights([(8, 6)])
 
 
+def with_an_empty_one() -> list[Tensor]:
+    return [*weights([(8,)]), torch.zeros(0, 3, requires_grad=True)]
+
+
 def with_one_storage_for_two() -> list[Tensor]:
     whole = torch.randn(20)
     return [whole[:10].requires_grad_(), whole[10:].requires_grad_()]
@@ -196,13 +199,11 @@ def with_one_storage_for_two() -> list[Tensor]:
     [
         (weights, True),
         (with_channels_last, True),
-        (lambda: weights([(8,), (3,)], dtype=torch.float64), False),
-        (lambda: weights([(8,), (3,)], dtype=torch.bfloat16), False),
-        (lambda: [*weights([(8,)]), *weights([(3,)], dtype=torch.float64)], False),
+        (with_an_empty_one, True),
         (with_one_storage_for_two, False),
         (with_another_layout_of_a_gradient, False),
     ],
-    ids=["usual", "channels last", "float64", "bfloat16", "mixed", "one storage", "gradient laid out otherwise"],
+    ids=["usual", "channels last", "an empty one", "one storage", "gradient laid out otherwise"],
 )
 def test_what_they_cannot_take_is_moved_by_torch_s(make_weights: Any, is_native: bool, filled: list[bool]) -> None:
     sides = []
@@ -222,6 +223,89 @@ def test_what_they_cannot_take_is_moved_by_torch_s(make_weights: Any, is_native:
     assert filled == [False, is_native]
     for found, wanted in zip(*sides, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_one_parameter_twice(filled: list[bool]) -> None:
+    """torch warns of it, and moves it twice."""
+    sides = []
+    for whose in ("torch", "native"):
+        (parameter,) = weights([(9,)])
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = LightSAM([parameter, parameter], rho=1.0)
+        optimizer.use_ascent_kernels(whose)
+        give_gradients([parameter], 0)
+        with optimizer.perturbed():
+            sides.append(parameter.detach().clone())
+    assert filled == [False, False]
+    assert torch.equal(*sides)
+
+
+def test_a_gradient_that_is_kept_as_its_negative(filled: list[bool]) -> None:
+    (parameter,) = weights([(9,)])
+    optimizer = SAM([parameter], "sgd", lr=0.1, rho=1.0, foreach=True)
+    optimizer.use_ascent_kernels("native")
+    parameter.grad = torch._neg_view(torch.ones(9))
+    before = parameter.detach().clone()
+    with optimizer.perturbed():
+        torch.testing.assert_close(parameter.detach(), before - 1 / 3)
+    assert filled == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["lightsam_adam", "lightsam_adagrad"])
+def test_a_state_of_weights_that_had_another_dtype_is_refused(name: str, dtype: torch.dtype) -> None:
+    """A kernel would read and write beyond it."""
+    (parameter,) = weights([(9,)], dtype=dtype)
+    optimizer = make(name, [parameter], "torch")
+    give_gradients([parameter], 0)
+    with optimizer.perturbed():
+        pass
+    parameter.grad = None
+    parameter.data = parameter.data.float()
+    give_gradients([parameter], 0)
+    optimizer.use_ascent_kernels("native")
+    optimizer._buffers.clear()
+    before = parameter.detach().clone()
+    with pytest.raises(UsageError, match=r"expected float32 of that shape: make the optimizer after"):
+        optimizer.perturb()
+    assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("whose", ["torch", "native"])
+def test_a_checkpoint_of_weights_laid_out_otherwise(whose: str) -> None:
+    sides = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        (parameter,) = weights([(4, 3, 5, 6)])
+        first = make("lightsam_adam", [parameter], whose)
+        give_gradients([parameter], 0)
+        with first.perturbed():
+            pass
+        first.step()
+        again = parameter.detach().clone().to(memory_format=memory_format).requires_grad_()
+        optimizer = make("lightsam_adam", [again], whose)
+        optimizer.load_state_dict(first.state_dict())
+        give_gradients([again], 1)
+        with optimizer.perturbed():
+            sides.append(again.detach().clone())
+        optimizer.step()
+        sides.append(again.detach().clone())
+    torch.testing.assert_close(sides[2], sides[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sides[3], sides[1], rtol=1e-6, atol=1e-7)
+
+
+def test_a_count_of_steps_that_was_saved_in_float64() -> None:
+    (parameter,) = weights([(9,)])
+    state = make("lightsam_adam", [parameter]).state_dict()
+    optimizer = make("lightsam_adam", [parameter])
+    give_gradients([parameter], 0)
+    with optimizer.perturbed():
+        pass
+    state = optimizer.state_dict()
+    state["state"][0]["ascent_step"] = torch.tensor(1.0, dtype=torch.float64)
+    optimizer.load_state_dict(state)
+    with optimizer.perturbed():
+        pass
+    assert optimizer.ascent.state[parameter]["step"].item() == 2.0
 
 
 def test_parameters_without_a_gradient_and_groups_of_their_own_radius(filled: list[bool]) -> None:
@@ -294,6 +378,21 @@ def test_a_graph_of_the_weights_before_is_refused_at_the_perturbed_ones(whose: s
         loss.backward()
 
 
+def test_after_a_perturbation_that_failed_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    (parameter,) = weights([(9,)])
+    optimizer = make("sam", [parameter])
+    give_gradients([parameter], 0)
+    monkeypatch.setenv("CC", "/nowhere/cc")  # as in another process, to which the optimizer was sent
+    native.library.cache_clear()
+    try:
+        with pytest.raises(UsageError, match="could not build them"):
+            optimizer.perturb()
+    finally:
+        native.library.cache_clear()
+    with pytest.raises(RuntimeError, match="without a perturbation since the last step"):
+        optimizer.step()
+
+
 def test_a_copy_keeps_the_choice() -> None:
     optimizer = make("sam", weights())
     assert copy.deepcopy(optimizer).ascent_kernels == "native"
@@ -364,6 +463,18 @@ def test_in_a_suite_methods_that_have_none_go_without(tmp_path: Path) -> None:
     assert found == ["native", None, None, None]
 
 
+def test_a_suite_writes_it_down(tmp_path: Path) -> None:
+    """Also where its first method, the baseline, goes without."""
+    flags = ["--optim", "lightsam_adam", "--output_dir", str(tmp_path)]
+    with_it, without = (parse([*flags, *more], "suite").settings() for more in (["--ascent_kernels", "native"], []))
+    assert {task["ascent_kernels"] for task in with_it["tasks"].values()} == {"native"} or (
+        with_it["shared"]["ascent_kernels"] == "native"
+    )
+    assert with_it != without
+    with pytest.raises(UsageError, match=r"none of the methods has them \(adamw_torch_fused, asam\)"):
+        parse(["--optim", "asam", "--ascent_kernels", "native", "--output_dir", str(tmp_path)], "suite")
+
+
 # ---- Refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +484,9 @@ def test_bad_input(tmp_path: Path) -> None:
         LightSAM([weight]).use_ascent_kernels("cuda")
     with pytest.raises(UsageError, match="ascent of ASAM here, AdaptiveGradient, has none"):
         ASAM([weight], "sgd", lr=0.1).use_ascent_kernels("native")
+    for other in (torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, device="meta")):
+        with pytest.raises(UsageError, match=rf"is {other.dtype}, Tensor on {other.device}, and they are for float32"):
+            LightSAM([weight, other.requires_grad_()]).use_ascent_kernels("native")
     with pytest.raises(UsageError, match="FactoredAdam, has none"):
         LightSAM([weight], ascent_state="factored").use_ascent_kernels("native")
     with pytest.raises(UsageError, match="adaptive_rho=True moves the weights twice"):
@@ -386,7 +500,7 @@ def test_bad_input(tmp_path: Path) -> None:
         optimizer.use_ascent_kernels("native")
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "cc '"])
 def test_no_compiler(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", compiler)
     native.library.cache_clear()
@@ -398,10 +512,13 @@ def test_no_compiler(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     make_args(tmp_path, ascent_kernels="torch")
 
 
-def test_on_an_accelerator_it_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["fsdp", "cuda"])
+def test_on_an_accelerator_it_is_refused(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Elsewhere(LightSAMTrainer):
         def _refuse_engines(self) -> None:
-            self.is_fsdp_enabled = True
+            if where == "cuda":
+                monkeypatch.setattr(type(self.args), "device", torch.device("cuda"))
+            self.is_fsdp_enabled = where == "fsdp"
             self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
             try:
                 super()._refuse_engines()

@@ -119,7 +119,7 @@ def copy(parameters: list[Tensor]) -> Phases:
     return [("step", torch.no_grad()(lambda: torch._foreach_copy_(target, parameters)))]
 
 
-def cases(with_peers: bool, with_native: bool = True) -> dict[str, Case]:
+def cases(with_peers: bool, with_native: bool = False) -> dict[str, Case]:
     """Return the cases by name.
 
     Passes of AdamW: weights, gradient and two moments are read, weights and moments written, 7. Of a perturbation by
@@ -239,7 +239,7 @@ def profile(phases: Phases, path: Path) -> None:
 
 def lines_of(result: Mapping[str, Any]) -> list[list[str]]:
     """Return the lines of the table of one result."""
-    found = cases(with_peers=False)
+    found = cases(with_peers=False, with_native=True)
     lines: list[list[str]] = []
     for turn in result["turns"]:
         timings = {case: {phase: Timing(s) for phase, s in phases.items()} for case, phases in turn.items()}

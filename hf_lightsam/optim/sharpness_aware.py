@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -220,12 +220,18 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             )
         return where
 
-    @property
-    def has_native_ascent(self) -> bool:
-        """Whether :meth:`use_ascent_kernels` takes ``"native"``, where there is a compiler."""
+    def why_no_native_ascent(self) -> str | None:
+        """Return why :meth:`use_ascent_kernels` refuses ``"native"``, or None if all it needs is a compiler."""
+        if self.adaptive_rho:
+            return "adaptive_rho=True moves the weights twice"
         groups = self.ascent.param_groups
-        is_usual = all(group["maximize"] and not group["weight_decay"] for group in groups)
-        return self.ascent.is_native() and is_usual and not self.adaptive_rho
+        if not self.ascent.is_native() or any(group["weight_decay"] or not group["maximize"] for group in groups):
+            return f"the ascent of {type(self).__name__} here, {type(self.ascent).__name__}, has none"
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            if isinstance(parameter, DTensor) or parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+                kind = f"{parameter.dtype}, {type(parameter).__name__} on {parameter.device}"
+                return f"a parameter of shape {tuple(parameter.shape)} is {kind}, and they are for float32 on CPUs"
+        return None
 
     def use_ascent_kernels(self, whose: str) -> None:
         """Choose whose kernels perturb the weights.
@@ -233,23 +239,17 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         Args:
             whose: ``"torch"``, or ``"native"``: this package's own for CPUs
                 (:mod:`~hf_lightsam.optim.rules.native`), which are built now. They copy and perturb in one pass over
-                memory, for the same weights up to rounding. They take float32 weights in storages of their own, whose
-                gradients are laid out alike; in a step with any other, torch's are used.
+                memory, for the same weights up to rounding. They take float32 weights, whole and in storages of their
+                own, whose gradients are laid out alike; in a step where one is not so, torch's are used.
 
         Raises:
-            UsageError: For another value, an ascent that has no such kernel, ``adaptive_rho``, or where there is no
-                compiler to build them.
+            UsageError: For another value, an ascent that has no such kernel, ``adaptive_rho``, weights that are
+                sharded, not float32 or not on the CPU, or where there is no compiler to build them.
         """
         self._refuse_while_perturbed("use_ascent_kernels")
         if check_choice("ascent_kernels", whose, ASCENT_KERNELS) == "native":
-            asked = f"ascent_kernels={whose!r}"
-            if self.adaptive_rho:
-                raise UsageError(f"{asked}: adaptive_rho=True moves the weights twice; expected 'torch', or False")
-            if not self.has_native_ascent:
-                raise UsageError(
-                    f"{asked}: the ascent of {type(self).__name__} here, {type(self.ascent).__name__}, has none; "
-                    "expected 'torch'"
-                )
+            if reason := self.why_no_native_ascent():
+                raise UsageError(f"ascent_kernels={whose!r}: {reason}; expected 'torch'")
             native.library()
         self.ascent_kernels = whose
 
@@ -342,8 +342,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             check_gradient(parameter)
         self._refuse_capturable_on_cpus()
         self._refuse_what_another_has_perturbed("perturb")
-        self._ascended = True
         if not parameters:
+            self._ascended = True
             return
         is_native = self.ascent_kernels == "native" and native.can_take(parameters)
         measure = native.total_norm if is_native else total_norm
@@ -353,19 +353,18 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             group["lr"] = main["rho"] / (root_of_size if main["rho_scale"] == "global" else 1.0)
             if self.rho_schedule != "constant":
                 group["lr"] *= schedule_factor(main)
-        is_filled = self._hold(parameters, may_leave_unfilled=is_native)
         try:
-            if is_filled:
+            if self._hold(parameters, may_leave_unfilled=is_native):
                 self.ascent.ascend(groups, self.ascent_grad_norm)
             else:
-                origins = {id(p): saved for p, saved in zip(parameters, self._saved, strict=True)}
-                self.ascent.fill(groups, self.ascent_grad_norm, origins)
+                self.ascent.fill(groups, self.ascent_grad_norm, self._saved)
             self._adapt_rho()
         except BaseException:
             self.restore()
             raise
         # Fused and native kernels do not tell autograd: a graph of the weights before is refused, not run with these.
         increment_version(self._perturbed)
+        self._ascended = True
 
     def _refuse_capturable_on_cpus(self) -> None:
         for group in self.param_groups:
@@ -402,7 +401,9 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         buffers = [self._buffer(p) for p in parameters]
         everyone = [p for group in self.param_groups for p in group["params"]]
         can_leave = [not self.adaptive_rho and can for can in can_leave_storage(parameters, buffers, everyone)]
-        is_filled = not (may_leave_unfilled and all(can_leave))
+        is_filled = not (
+            may_leave_unfilled and all(can or not p.numel() for p, can in zip(parameters, can_leave, strict=True))
+        )
         if is_filled:
             copy_(buffers, parameters, self._is_pinned(parameters))
         self._saved = [
@@ -683,6 +684,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self.descent.load_state_dict({**state_dict, "state": descent_state})
         self._share_groups()
         self.ascent.load_state_dict({"state": ascent_state, "param_groups": ascent_groups})
+        for movement in (self.descent, self.ascent):
+            _lay_out_as_parameters(movement.state)
         self._has_stepped = bool(state_dict["state"])
         self._moved = []
         for group in self.param_groups:  # a checkpoint may have been written with the other choice of adaptive_rho
@@ -747,6 +750,17 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             "_has_stepped": self._has_stepped,
             "_ready": True,
         }
+
+
+def _lay_out_as_parameters(states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Give loaded state the strides of its parameters: fused kernels walk through memory without a look at them.
+
+    A checkpoint has those of the model it was written of, which may have had another ``memory_format``.
+    """
+    for parameter, state in states.items():
+        for name, value in state.items():
+            if type(value) is Tensor and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).detach().copy_(value)
 
 
 def _has_known_state(movement: torch.optim.Optimizer) -> bool:

@@ -269,7 +269,7 @@ class Request:
             for name, value in args.items()
             if name in _ALWAYS_TOLD or (name not in {*_WITHOUT_EFFECT, *_OPTIONS} and value != plain[name])
         }
-        of_some = ("validation_fraction", *_CHEAPER)  # which the first method may be without
+        of_some = ("validation_fraction", "ascent_kernels", *_CHEAPER)  # which the first method may be without
         told |= {name: self.given[name] for name in of_some if self.given.get(name) is not None}
         return {"max_seq_length": self.max_seq_length(task), **told}
 
@@ -424,7 +424,7 @@ def _has_native_ascent(method: Method) -> bool:
     if method.name not in RECIPES:
         return False
     recipe = RECIPES[method.name]
-    return recipe.example(recipe.arguments(None, recipe.parse(method.options))).has_native_ascent
+    return recipe.example(recipe.arguments(None, recipe.parse(method.options))).why_no_native_ascent() is None
 
 
 def _of_task(recipe: Recipe | None, task: GlueTask) -> dict[str, Any]:
@@ -447,6 +447,9 @@ def check(request: Request) -> None:
             raise UsageError(f"submission: the GLUE server takes all nine tasks; missing: {', '.join(missing)}")
         if request.studied is None:
             raise UsageError("submission: expected one method whose answers they are, by hf-lightsam glue --optim")
+    if request.given.get("ascent_kernels") == "native" and not any(map(_has_native_ascent, request.methods)):
+        labels = ", ".join(method.label for method in request.methods)
+        raise UsageError(f"ascent_kernels='native': none of the methods has them ({labels}); expected 'torch'")
     for task in request.tasks:
         if request.max_seq_length(task) < 1:
             raise UsageError(f"max_seq_length={request.max_seq_length(task)!r}: expected a whole number above 0")

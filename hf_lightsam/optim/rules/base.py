@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -142,25 +142,29 @@ class Rule(torch.optim.Optimizer, ABC):
         return False
 
     @torch.no_grad()
-    def fill(self, groups: Sequence[Group], grad_norm: Tensor, origins: Mapping[int, Tensor]) -> None:
+    def fill(self, groups: Sequence[Group], grad_norm: Tensor, origins: Sequence[Tensor]) -> None:
         """As :meth:`ascend`, by native kernels, with the weights elsewhere: where they end is written, once.
 
         Args:
             groups: As for :meth:`ascend`; their parameters satisfy :func:`~hf_lightsam.optim.rules.native.can_take`.
             grad_norm: Likewise.
-            origins: Where the weights of each parameter lie, by its ``id``; what the parameters hold is not read.
+            origins: Where the weights of the parameters that have a gradient lie, in their order; what these hold is
+                not read.
         """
         members = [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
         everyone = [p for _, parameters in members for p in parameters]
         self.make_state(groups)
         length = grad_norm.item()
         if not (math.isfinite(length) and length > 0):
-            copy_(everyone, [origins[id(p)] for p in everyone])
+            copy_(everyone, origins)
             return
         self._prepare(everyone, grad_norm, None)
+        done = 0
         for group, parameters in members:
             if parameters:
-                self._fill(group, parameters, [origins[id(p)] for p in parameters], local_gradients(parameters))
+                of_group = origins[done : done + len(parameters)]
+                self._fill(group, parameters, of_group, local_gradients(parameters))
+                done += len(parameters)
 
     def _fill(
         self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
@@ -226,7 +230,7 @@ class Rule(torch.optim.Optimizer, ABC):
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
                 if "step" in state:
-                    state["step"] = state["step"].to(self._step_device(parameter, group))
+                    state["step"] = state["step"].to(self._step_device(parameter, group), torch.float32)
 
     def _local_state(self, parameters: Sequence[Tensor], key: str) -> list[Tensor]:
         return local([self.state[p][key] for p in parameters])
@@ -265,6 +269,8 @@ def same_layout(parameter: Tensor, gradient: Tensor) -> bool:
     Gradients that autograd accumulates have a dense parameter's strides; those that users assign, and those of a
     parameter that is a slice with gaps, may have others (torch 2.13 then steps wrongly on CPUs, and reads beyond).
     """
+    if parameter.shape != gradient.shape:  # of weights that were given another size since
+        return False
     if parameter.is_contiguous():
         return gradient.is_contiguous()
     return parameter.stride() == gradient.stride() and _is_dense(parameter)

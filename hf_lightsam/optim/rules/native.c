@@ -128,12 +128,12 @@ void adagrad(int64_t n, const int64_t *sizes, const int64_t *first, float *const
 }
 
 /* steps += 1; firsts, seconds = averages of -gradients and of gradients^2, as torch keeps them where it maximizes;
-   targets = origins - lr / c1 * firsts / (sqrt(seconds / c2) + eps), with c = 1 - beta^steps where they are corrected */
+   targets = origins - lr / c1 * firsts / (sqrt(seconds / c2) + eps), with c = 1 - beta^steps where they are corrected;
+   rates and roots are room for n numbers each */
 void adam(int64_t n, const int64_t *sizes, const int64_t *first, float *const *origins, float *const *gradients,
           float *const *targets, float *const *firsts, float *const *seconds, float *const *steps, double lr,
-          double beta1, double beta2, float eps, int is_corrected, int threads) {
+          double beta1, double beta2, float eps, int is_corrected, float *rates, float *roots, int threads) {
     float keep1 = beta1, keep2 = beta2, add1 = 1 - beta1, add2 = 1 - beta2;
-    float rates[n], roots[n];
     for (int64_t k = 0; k < n; k++) {
         steps[k][0] += 1;
         rates[k] = is_corrected ? lr / (1 - pow(beta1, steps[k][0])) : lr;

@@ -4,7 +4,7 @@ torch has no kernel that takes weights from one place and writes what becomes of
 its kernels is a copy and a step within the copy; and its norm takes a multiple of the time in which memory is read. The
 kernels here are :file:`native.c`, some hundred lines of C and OpenMP, built by the machine's own compiler for its own
 processor, in a fraction of a second, when a process first asks for them. What they compute is what torch's do, up to
-rounding, and independent of the number of threads.
+rounding; the bits do not depend on the number of threads, but on compiler and processor.
 
 All of them take lists of float32 tensors on the CPU, laid out alike: :func:`can_take` tells.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,9 @@ from .base import same_layout
 SOURCE = Path(__file__).with_suffix(".c")
 BLOCK = 4096
 """As in the source."""
+
+LONGEST_BUILD = 120
+"""Seconds."""
 
 FLAGS = ("-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 
@@ -42,45 +47,52 @@ def library() -> ctypes.CDLL:
     Raises:
         UsageError: If there is no compiler, or it cannot build them.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = os.environ.get("CC") or "cc"
     told = ""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         target = Path(folder) / "native.so"
         for own in (("-march=native",), ()):  # which not all compilers know
             try:
-                command = [*compiler, *FLAGS, *own, str(SOURCE), "-o", str(target), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, text=True)
+                command = [*shlex.split(compiler), *FLAGS, *own, str(SOURCE), "-o", str(target), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD)
                 return ctypes.CDLL(str(target))
             except subprocess.CalledProcessError as error:
-                told = error.stderr
-            except OSError as error:
-                told = str(error)
+                told = told or error.stderr
+            except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+                told = told or str(error)
     raise UsageError(
-        f"ascent_kernels='native': {shlex.join(compiler)} could not build them ({' '.join(told.split())[:500]}); "
-        "expected a C compiler with OpenMP, such as gcc, named in the environment variable CC if it is not cc; or "
-        "'torch'"
+        f"ascent_kernels='native': {compiler} could not build them ({' '.join(told.split())[:500]}); expected a C "
+        "compiler with OpenMP, such as gcc, named in the environment variable CC if it is not cc; or 'torch'"
     )
 
 
 def can_take(parameters: Sequence[Tensor]) -> bool:
     """Whether the kernels can move these parameters, along the gradients that they have."""
     return all(
-        type(p) in (Tensor, nn.Parameter)
-        and p.device.type == "cpu"
-        and p.dtype == torch.float32
-        and p.grad is not None
-        and p.grad.dtype == torch.float32
-        and same_layout(p, p.grad)
+        is_of_a_kind(p)
+        and (gradient := p.grad) is not None
+        and is_of_a_kind(gradient)
+        and same_layout(p, gradient)
+        and not gradient.is_neg()  # kept as it was, and a flag that says to negate it
+        and not gradient._is_zerotensor()  # kept as no memory at all
         for p in parameters
     )
 
 
+def is_of_a_kind(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are float32 numbers in memory of the host."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of all tensors taken as one vector, a float32 scalar; summed up in float64."""
+    """Return the L2 norm of all tensors taken as one vector, a float32 scalar.
+
+    Squares are summed up in float32 within a block, and in float64 over blocks.
+    """
     lists = _Lists(gradients)
-    partial = torch.empty(lists.blocks, dtype=torch.float64)
-    lists.call("squares", _pointers(gradients), ctypes.c_void_p(partial.data_ptr()))
-    return partial.sum().sqrt().float()
+    partial = np.empty(lists.blocks, np.float64)
+    lists.call("squares", _pointers(gradients), ctypes.c_void_p(partial.ctypes.data))
+    return torch.tensor(math.sqrt(partial.sum()), dtype=torch.float32)  # NumPy's sum does not depend on threads
 
 
 def scaled(origins: Sequence[Tensor], gradients: Sequence[Tensor], targets: Sequence[Tensor], scale: float) -> None:
@@ -95,7 +107,12 @@ def adagrad(
     sums: Sequence[Tensor],
     lr: float,
 ) -> None:
-    """Add the gradients' squares to ``sums``, and write ``origins + lr * gradients / sqrt(sums)`` to ``targets``."""
+    """Add the gradients' squares to ``sums``, and write ``origins + lr * gradients / sqrt(sums)`` to ``targets``.
+
+    Raises:
+        UsageError: For sums that are not float32, or of another size.
+    """
+    _check_state("sum", sums, origins)
     _Lists(origins).call("adagrad", *map(_pointers, (origins, gradients, targets, sums)), ctypes.c_float(lr))
 
 
@@ -127,10 +144,16 @@ def adam(
         betas: Decay rates.
         eps: Added to denominators.
         bias_correction: Divide the moments by ``1 - beta**step``.
+
+    Raises:
+        UsageError: For moments that are not float32, or of another size.
     """
+    for name, tensors in (("exp_avg", exp_avgs), ("exp_avg_sq", exp_avg_sqs)):
+        _check_state(name, tensors, origins)
     lists = (origins, gradients, targets, exp_avgs, exp_avg_sqs, steps)
     numbers = (*map(ctypes.c_double, (lr, *betas)), ctypes.c_float(eps), ctypes.c_int(bias_correction))
-    _Lists(origins).call("adam", *map(_pointers, lists), *numbers)
+    room = ctypes.c_float * len(origins)
+    _Lists(origins).call("adam", *map(_pointers, lists), *numbers, room(), room())
 
 
 class _Lists:
@@ -149,6 +172,16 @@ class _Lists:
     def call(self, name: str, *arguments: Any) -> None:
         """Call a kernel, with as many threads as torch has."""
         getattr(library(), name)(*self._head, *arguments, ctypes.c_int(torch.get_num_threads()))
+
+
+def _check_state(name: str, tensors: Sequence[Tensor], origins: Sequence[Tensor]) -> None:
+    """Refuse what a kernel would read beyond: a state made when the weights had another dtype or size."""
+    for tensor, origin in zip(tensors, origins, strict=True):
+        if tensor.dtype != torch.float32 or tensor.numel() != origin.numel():
+            raise UsageError(
+                f"state: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, for weights of shape "
+                f"{tuple(origin.shape)}; expected float32 of that shape: make the optimizer after the model is changed"
+            )
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
