@@ -106,6 +106,30 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
+def same_layout(parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether a fused kernel pairs the right elements: it walks through memory without a look at the strides.
+
+    Gradients that autograd accumulates have a dense parameter's strides; those that users assign, and those of a
+    parameter that is a slice with gaps, may have others (torch 2.13 then steps wrongly on CPUs, and reads beyond).
+    """
+    if parameter.shape != gradient.shape:  # of weights that were given another size since
+        return False
+    if parameter.is_contiguous():
+        return gradient.is_contiguous()
+    return parameter.stride() == gradient.stride() and _is_dense(parameter)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
 def difference_norm(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of ``first - second`` over all tensors and shards: a scalar on the first one's device.
 

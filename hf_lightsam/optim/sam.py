@@ -9,9 +9,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
-from ..tensors import local
+from ..tensors import local, same_layout
 from .rules import NormalizedGradient, Rule
-from .rules.base import Group, local_gradients, same_layout
+from .rules.base import Group, local_gradients
 from .sharpness_aware import SharpnessAwareOptimizer
 from .validation import Params, check_betas, check_choice, check_kernels, check_number
 

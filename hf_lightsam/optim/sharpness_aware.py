@@ -345,9 +345,11 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         if not parameters:
             self._ascended = True
             return
-        is_native = self.ascent_kernels == "native" and native.can_take(parameters)
-        measure = native.total_norm if is_native else total_norm
-        self.ascent_grad_norm = measure([p.grad for p in parameters if p.grad is not None])
+        is_native = self.ascent_kernels == "native" and self.ascent.can_fill(parameters)
+        if is_native:
+            self.ascent_grad_norm = self.ascent.measure(groups)
+        else:
+            self.ascent_grad_norm = total_norm([p.grad for p in parameters if p.grad is not None])
         root_of_size = math.sqrt(sum(p.numel() for p in parameters))
         for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
             group["lr"] = main["rho"] / (root_of_size if main["rho_scale"] == "global" else 1.0)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...tensors import check_gradient, copy_, local, total_norm
+from ...tensors import check_gradient, copy_, local, same_layout, total_norm
 from ..validation import Params, check_kernels, check_number, check_parameter, check_rate
+from . import native
 
 Group = dict[str, Any]
 
@@ -141,13 +142,21 @@ class Rule(torch.optim.Optimizer, ABC):
                 return "_fill" in vars(base)
         return False
 
+    def can_fill(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether :meth:`fill` can move these parameters, which have gradients."""
+        return native.can_take(parameters)
+
+    def measure(self, groups: Sequence[Group]) -> Tensor:
+        """Return the norm of all gradients of ``groups``, a scalar tensor: by native kernels, before :meth:`fill`."""
+        return native.total_norm([p.grad for group in groups for p in group["params"] if p.grad is not None])
+
     @torch.no_grad()
     def fill(self, groups: Sequence[Group], grad_norm: Tensor, origins: Sequence[Tensor]) -> None:
         """As :meth:`ascend`, by native kernels, with the weights elsewhere: where they end is written, once.
 
         Args:
-            groups: As for :meth:`ascend`; their parameters satisfy :func:`~hf_lightsam.optim.rules.native.can_take`.
-            grad_norm: Likewise.
+            groups: As for :meth:`ascend`; :meth:`can_fill` has taken their parameters.
+            grad_norm: What :meth:`measure` has returned for them.
             origins: Where the weights of the parameters that have a gradient lie, in their order; what these hold is
                 not read.
         """
@@ -261,30 +270,6 @@ def gradient_norm(parameters: Sequence[Tensor], grad_norm: Tensor | None) -> Ten
 def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return this rank's shard of each parameter's gradient."""
     return local([p.grad for p in parameters if p.grad is not None])
-
-
-def same_layout(parameter: Tensor, gradient: Tensor) -> bool:
-    """Whether a fused kernel pairs the right elements: it walks through memory without a look at the strides.
-
-    Gradients that autograd accumulates have a dense parameter's strides; those that users assign, and those of a
-    parameter that is a slice with gaps, may have others (torch 2.13 then steps wrongly on CPUs, and reads beyond).
-    """
-    if parameter.shape != gradient.shape:  # of weights that were given another size since
-        return False
-    if parameter.is_contiguous():
-        return gradient.is_contiguous()
-    return parameter.stride() == gradient.stride() and _is_dense(parameter)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills its stretch of memory, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _fused_sgd_is_right(parameter: Tensor) -> bool:

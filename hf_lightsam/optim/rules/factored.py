@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...errors import UsageError
+from . import native
 from .adagrad import AdaGrad
 from .adam import Adam
-from .base import Group, Kernels, Rule
+from .base import Group, Kernels, Rule, local_gradients
 
 SMALLEST = 1e-30
 """Floor of the ratios under a square root: a row of an embedding that never sees a gradient decays to 0 at last."""
@@ -38,6 +40,9 @@ class _Factored(Rule):
 
     fused_devices: ClassVar[tuple[str, ...]] = ()
     skips_on_device = True
+
+    _measured: dict[int, native.FactoredGradients] | None = None
+    """Of each group, by its ``id``, between :meth:`measure` and :meth:`fill`."""
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -110,6 +115,57 @@ class _Factored(Rule):
                 for column in columns:
                     direction = direction.mul_(column)
                 weight[block].addcmul_(direction, row[block])
+
+    def can_fill(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether :meth:`fill` can move these parameters: rows lie one after the other."""
+        return super().can_fill(parameters) and all(parameter.is_contiguous() for parameter in parameters)
+
+    def measure(self, groups: Sequence[Group]) -> Tensor:
+        """Return the norm of all gradients of ``groups``, and keep what their moments are to take up."""
+        self._measured = {}
+        for group in groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                are_factored = [_is_factored(p) for p in parameters]
+                self._measured[id(group)] = native.FactoredGradients(local_gradients(parameters), are_factored)
+        return torch.tensor(math.sqrt(sum(each.squared_norm for each in self._measured.values())))
+
+    def fill(self, groups: Sequence[Group], grad_norm: Tensor, origins: Sequence[Tensor]) -> None:
+        """As :meth:`Rule.fill`, with what :meth:`measure` has kept."""
+        try:
+            super().fill(groups, grad_norm, origins)
+        finally:
+            self._measured = None
+
+    def _fill(
+        self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        assert self._measured is not None
+        states = [self.state[p] for p in parameters]
+        old, new = self._decay(group)
+        self._measured[id(group)].move(
+            origins,
+            parameters,
+            [state.get(f"{self.second}_row") for state in states],
+            [state[f"{self.second}_col" if f"{self.second}_col" in state else self.second] for state in states],
+            self._first_moments(states),
+            lrs=self._step_sizes(group, states),
+            old=old,
+            new=new,
+            share=1.0 - group.get("betas", (0.0,))[0],
+            smallest=SMALLEST,
+        )
+
+    def _first_moments(self, states: Sequence[dict[str, Any]]) -> list[Tensor] | None:
+        """Return the first moments of parameters with these states (default: there are none)."""
+        return None
+
+    def _step_sizes(self, group: Group, states: Sequence[dict[str, Any]]) -> list[float]:
+        """Count a step of parameters with these states; return their step sizes, corrected for the bias."""
+        return [group["lr"]] * len(states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_measured": None}
 
     def _decay(self, group: Group) -> tuple[float, float]:
         """Return what the moments keep of themselves, and what they take of the squares."""
@@ -203,6 +259,18 @@ class FactoredAdam(_Factored, Adam):
         # Of a first step that is skipped nothing is used: 1, and not 0 / 0.
         first, second = (1.0 - beta ** step.to(parameter.dtype).clamp(min=1.0) for beta in group["betas"])
         return second.sqrt() / first
+
+    def _first_moments(self, states: Sequence[dict[str, Any]]) -> list[Tensor] | None:
+        return [state["exp_avg"] for state in states]
+
+    def _step_sizes(self, group: Group, states: Sequence[dict[str, Any]]) -> list[float]:
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1.0)
+        if not group["bias_correction"]:
+            return [group["lr"]] * len(steps)
+        beta1, beta2 = group["betas"]
+        numbers = [step.item() for step in steps]
+        return [group["lr"] * math.sqrt(1.0 - beta2**number) / (1.0 - beta1**number) for number in numbers]
 
     def _direction(self, group: Group, parameter: Tensor, block: Any, gradient: Tensor, taken: Part) -> Tensor:
         kept, new = self.state[parameter]["exp_avg"][block], (1.0 - group["betas"][0]) * taken

@@ -1,0 +1,112 @@
+"""Movements that take each weight by itself: of SAM, and of LightSAM's three forms.
+
+Lists are of float32 tensors on the CPU, laid out alike: :func:`~hf_lightsam.optim.rules.native.can_take` tells.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .build import check_state, library, numbers, pointers
+
+BLOCK = 4096
+"""As in the source."""
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all tensors taken as one vector, a float32 scalar.
+
+    Squares are summed up in float32 within a block, and in float64 over blocks.
+    """
+    sizes = _sizes(gradients)
+    partial = np.empty(_head(sizes)[2][-1], np.float64)
+    _call("squares", sizes, pointers(gradients), ctypes.c_void_p(partial.ctypes.data))
+    return torch.tensor(math.sqrt(partial.sum()), dtype=torch.float32)  # NumPy's sum does not depend on threads
+
+
+def scaled(origins: Sequence[Tensor], gradients: Sequence[Tensor], targets: Sequence[Tensor], scale: float) -> None:
+    """Write ``origins + scale * gradients`` to ``targets``."""
+    _call("scaled", _sizes(origins), *map(pointers, (origins, gradients, targets)), ctypes.c_float(scale))
+
+
+def adagrad(
+    origins: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    lr: float,
+) -> None:
+    """Add the gradients' squares to ``sums``, and write ``origins + lr * gradients / sqrt(sums)`` to ``targets``.
+
+    Raises:
+        UsageError: For sums that are not float32, or of another size.
+    """
+    sizes = _sizes(origins)
+    check_state("sum", sums, sizes)
+    _call("adagrad", sizes, *map(pointers, (origins, gradients, targets, sums)), ctypes.c_float(lr))
+
+
+def adam(
+    origins: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    bias_correction: bool,
+) -> None:
+    """Take an ascending step of Adam from ``origins``, and write where it ends to ``targets``.
+
+    As torch does where it maximizes, ``exp_avgs`` are averages of the negative gradients, and are subtracted.
+
+    Args:
+        origins: Weights.
+        gradients: Their gradients.
+        targets: Where to.
+        exp_avgs: First moments, updated in place.
+        exp_avg_sqs: Second moments, likewise.
+        steps: How many steps each tensor has taken, float32 scalars; one more afterwards.
+        lr: Step size.
+        betas: Decay rates.
+        eps: Added to denominators.
+        bias_correction: Divide the moments by ``1 - beta**step``.
+
+    Raises:
+        UsageError: For moments that are not float32, or of another size.
+    """
+    sizes = _sizes(origins)
+    check_state("exp_avg", exp_avgs, sizes)
+    check_state("exp_avg_sq", exp_avg_sqs, sizes)
+    lists = (origins, gradients, targets, exp_avgs, exp_avg_sqs, steps)
+    options = (*map(ctypes.c_double, (lr, *betas)), ctypes.c_float(eps), ctypes.c_int(bias_correction))
+    room = ctypes.c_float * len(origins)
+    _call("adam", sizes, *map(pointers, lists), *options, room(), room())
+
+
+def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple([tensor.numel() for tensor in tensors])
+
+
+@functools.lru_cache(maxsize=64)
+def _head(sizes: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """Return what all kernels are told first: how many tensors, their sizes, and how blocks are numbered."""
+    first = [0, *accumulate(-(-size // BLOCK) for size in sizes)]
+    return ctypes.c_int64(len(sizes)), numbers(ctypes.c_int64, sizes), numbers(ctypes.c_int64, first)
+
+
+def _call(name: str, sizes: tuple[int, ...], *arguments: Any) -> None:
+    """Call a kernel, with as many threads as torch has."""
+    getattr(library(), name)(*_head(sizes), *arguments, ctypes.c_int(torch.get_num_threads()))
