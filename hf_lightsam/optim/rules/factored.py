@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -41,8 +41,8 @@ class _Factored(Rule):
     fused_devices: ClassVar[tuple[str, ...]] = ()
     skips_on_device = True
 
-    _measured: dict[int, native.FactoredGradients] | None = None
-    """Of each group, by its ``id``, between :meth:`measure` and :meth:`fill`."""
+    _measured: Mapping[int, native.FactoredGradients] = {}
+    """Of each group, by its ``id``, for native kernels."""
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -122,25 +122,26 @@ class _Factored(Rule):
 
     def measure(self, groups: Sequence[Group]) -> Tensor:
         """Return the norm of all gradients of ``groups``, and keep what their moments are to take up."""
-        self._measured = {}
+        before = self._measured
+        self._measured = {id(group): before.get(id(group), native.FactoredGradients()) for group in groups}
+        squares = 0.0
         for group in groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                are_factored = [_is_factored(p) for p in parameters]
-                self._measured[id(group)] = native.FactoredGradients(local_gradients(parameters), are_factored)
-        return torch.tensor(math.sqrt(sum(each.squared_norm for each in self._measured.values())))
+            are_factored = [_is_factored(p) for p in parameters]
+            squares += self._measured[id(group)].measure(local_gradients(parameters), are_factored)
+        return torch.tensor(math.sqrt(squares))
 
     def fill(self, groups: Sequence[Group], grad_norm: Tensor, origins: Sequence[Tensor]) -> None:
         """As :meth:`Rule.fill`, with what :meth:`measure` has kept."""
         try:
             super().fill(groups, grad_norm, origins)
         finally:
-            self._measured = None
+            for measured in self._measured.values():
+                measured.release()
 
     def _fill(
         self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
-        assert self._measured is not None
         states = [self.state[p] for p in parameters]
         old, new = self._decay(group)
         self._measured[id(group)].move(
@@ -165,7 +166,7 @@ class _Factored(Rule):
         return [group["lr"]] * len(states)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_measured": None}
+        return {**super().__getstate__(), "_measured": {}}
 
     def _decay(self, group: Group) -> tuple[float, float]:
         """Return what the moments keep of themselves, and what they take of the squares."""

@@ -19,8 +19,11 @@ from .build import check_state, library
 PIECE = 1 << 16
 """Weights of a strip, about, and of a piece of a vector: what a thread takes at a time."""
 
-LEAST_ROWS = 32
-"""Of a strip, where a matrix has as many: each strip has sums of all its columns."""
+LEAST_ROWS = 128
+"""Of a strip, where a matrix has as many: each strip has sums of all its columns, less than 1 % of the weights."""
+
+MOST_STRIPS = 256
+"""Of a matrix: their sums are added up by one thread."""
 
 Numbers = npt.NDArray[Any]
 
@@ -71,7 +74,7 @@ def _cut(shapes: tuple[tuple[int, ...], ...], are_factored: tuple[bool, ...]) ->
         size = math.prod(shape)
         if is_factored:
             rows, columns = shape[-2:]
-            strip = min(rows, max(LEAST_ROWS, PIECE // columns))
+            strip = min(rows, max(LEAST_ROWS, PIECE // columns, -(-rows // MOST_STRIPS)))
             for matrix in range(size // (rows * columns)):
                 offsets = (matrix * rows * columns, matrix * rows, matrix * columns)
                 found.append((number, *offsets, rows, columns, strip))
@@ -93,25 +96,37 @@ def _cut(shapes: tuple[tuple[int, ...], ...], are_factored: tuple[bool, ...]) ->
 
 
 class FactoredGradients:
-    """Gradients, and the sums of their squares over rows and over columns, taken in one pass.
+    """Gradients that are measured, and then moved along, with room for sums over rows and columns that is made once.
 
-    Args:
-        gradients: Float32, contiguous, on the CPU.
-        are_factored: Which of them have moments of rows and columns.
-
-    Attributes:
-        squared_norm: Sum of the squares of all, a float.
+    ``measure``, then ``move`` once, as it uses the sums up; ``release`` in any case.
     """
 
-    def __init__(self, gradients: Sequence[Tensor], are_factored: Sequence[bool]) -> None:
-        self._gradients = gradients
-        self._cut = _cut(tuple([tuple(gradient.shape) for gradient in gradients]), tuple(are_factored))
-        rows, columns = self._cut.sizes
-        self._row_sums, self._column_sums = np.empty(rows, np.float64), np.empty(columns, np.float32)
-        cut = self._cut
+    def __init__(self) -> None:
+        self._cut = _cut((), ())
+        self._gradients: Sequence[Tensor] = ()
+
+    def measure(self, gradients: Sequence[Tensor], are_factored: Sequence[bool]) -> float:
+        """Sum up the squares over rows and over columns, in one pass, and return the sum of all.
+
+        Args:
+            gradients: Float32, contiguous, on the CPU; held until :meth:`release`.
+            are_factored: Which of them have moments of rows and columns.
+        """
+        if not gradients:
+            return 0.0
+        cut = _cut(tuple([tuple(gradient.shape) for gradient in gradients]), tuple(are_factored))
+        if cut is not self._cut:
+            rows, columns = cut.sizes
+            self._row_sums, self._row_factors = np.empty(rows, np.float64), np.empty(rows, np.float32)
+            self._column_sums = np.empty(columns, np.float32)
+        self._cut, self._gradients = cut, gradients
         layout = (cut.rows, cut.columns, cut.strips, cut.first, cut.row_start, cut.column_start)
         self._call("sums", *layout, cut.places(gradients), self._row_sums, self._column_sums)
-        self.squared_norm = float(self._row_sums.sum())
+        return float(self._row_sums.sum())
+
+    def release(self) -> None:
+        """Let the gradients go."""
+        self._gradients = ()
 
     def move(
         self,
@@ -134,8 +149,6 @@ class FactoredGradients:
             c = old \, c + new \operatorname{mean}_{rows}(g^2), \\
             m &= m + share (g - m), \qquad w = x + lr \, m / \sqrt{r c / \operatorname{mean}(r)}
 
-        Once for the same gradients: the sums are used up.
-
         Args:
             origins: Weights.
             targets: Where to.
@@ -157,20 +170,19 @@ class FactoredGradients:
         # A vector has no moments of rows: in their place is 0, whatever is worked out for it.
         in_place = [column if row is None else row for row, column in zip(row_moments, column_moments, strict=True)]
         rows = np.where(cut.row_offset < 0, 0, cut.places(in_place, cut.row_offset))
-        row_factors = np.empty(cut.sizes[0], np.float32)
         self._call(
             "take_up",
             *(cut.rows, cut.columns, cut.first, cut.row_start, cut.column_start, self._row_sums, self._column_sums),
             rows,
             cut.places(column_moments, cut.column_offset),
             np.array(lrs, np.float64)[cut.tensor],
-            row_factors,
+            self._row_factors,
             *map(ctypes.c_double, (old, new)),
             ctypes.c_float(smallest),
         )
         kept = np.zeros(len(cut.tensor), np.int64) if first_moments is None else cut.places(first_moments)
         places = [cut.places(tensors) for tensors in (origins, self._gradients, targets)]
-        self._call("move", *layout, *places, kept, row_factors, self._column_sums, ctypes.c_float(share))
+        self._call("move", *layout, *places, kept, self._row_factors, self._column_sums, ctypes.c_float(share))
 
     def _check(
         self,
