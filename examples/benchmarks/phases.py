@@ -269,7 +269,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the tables of results in Markdown."""
     head = ["", "perturb", "restore", "step", "all, ms (quartiles)", "least passes", "time over the bound"]
     parts = []
-    for result in results:
+    order = list(CONFIGS)
+    for result in sorted(results, key=lambda result: (order.index(result["model"]), result["allocator"])):
         place = (
             f"{result['hardware']}, {result['threads']} threads" if result["device"] == "cpu" else result["hardware"]
         )
