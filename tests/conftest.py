@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import gc
 import logging
 import random
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from hf_lightsam import LightSAMTrainer, LightSAMTrainingArguments
 
-HAS_COMPILER = shutil.which(os.environ.get("CC") or "cc") is not None
+HAS_COMPILER = shutil.which(shlex.split(os.environ.get("CC") or "cc")[0]) is not None
 
 CORE = ("lightsam_adam", "lightsam_adagrad", "lightsam_adagrad_norm", "sam")
 """Methods that stand for the whole family where only the core is looked at; test_family.py goes through all."""

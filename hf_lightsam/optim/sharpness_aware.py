@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..passes.cheaper_ascent import CheaperAscent
 from ..passes.plan import GradientPlan
 from ..passes.two_pass import TwoPass
-from ..tensors import can_leave_storage, check_gradient, copy_, difference_norm, local, total_norm
+from ..tensors import can_leave_storage, check_gradient, copy_, difference_norm, local, same_layout, total_norm
 from .radius import LAST_STEP, RHO_SCHEDULES, longest_perturbation, note_step, schedule_factor, shorten_
 from .rules import Rule, native
 from .rules.base import Group
@@ -350,7 +350,7 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
             self.ascent_grad_norm = self.ascent.measure(groups)
         else:
             self.ascent_grad_norm = total_norm([p.grad for p in parameters if p.grad is not None])
-        root_of_size = math.sqrt(sum(p.numel() for p in parameters))
+        root_of_size = math.sqrt(max(1, sum(p.numel() for p in parameters)))
         for group, main in zip(self.ascent.param_groups, self.param_groups, strict=True):
             group["lr"] = main["rho"] / (root_of_size if main["rho_scale"] == "global" else 1.0)
             if self.rho_schedule != "constant":
@@ -687,7 +687,8 @@ class SharpnessAwareOptimizer(torch.optim.Optimizer):
         self._share_groups()
         self.ascent.load_state_dict({"state": ascent_state, "param_groups": ascent_groups})
         for movement in (self.descent, self.ascent):
-            _lay_out_as_parameters(movement.state)
+            if not getattr(movement, "has_one_state", False):
+                _lay_out_as_parameters(movement.state)
         self._has_stepped = bool(state_dict["state"])
         self._moved = []
         for group in self.param_groups:  # a checkpoint may have been written with the other choice of adaptive_rho
@@ -761,7 +762,11 @@ def _lay_out_as_parameters(states: Mapping[Tensor, dict[str, Any]]) -> None:
     """
     for parameter, state in states.items():
         for name, value in state.items():
-            if type(value) is Tensor and value.shape == parameter.shape and value.stride() != parameter.stride():
+            if type(value) is not Tensor or type(parameter) not in (Tensor, nn.Parameter):
+                continue
+            if value.shape != parameter.shape:
+                state[name] = value.contiguous()
+            elif not same_layout(parameter, value):
                 state[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).detach().copy_(value)
 
 

@@ -41,8 +41,8 @@ class _Factored(Rule):
     fused_devices: ClassVar[tuple[str, ...]] = ()
     skips_on_device = True
 
-    _measured: Mapping[int, native.FactoredGradients] = {}
-    """Of each group, by its ``id``, for native kernels."""
+    _sums: Mapping[int, native.FactoredSums] = {}
+    """Of each group, by its ``id``: between :meth:`measure` and :meth:`fill`, and after as room for the next ones."""
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -122,34 +122,23 @@ class _Factored(Rule):
 
     def measure(self, groups: Sequence[Group]) -> Tensor:
         """Return the norm of all gradients of ``groups``, and keep what their moments are to take up."""
-        before = self._measured
-        self._measured = {id(group): before.get(id(group), native.FactoredGradients()) for group in groups}
+        before = self._sums
+        self._sums = {id(group): before.get(id(group), native.FactoredSums()) for group in groups}
         squares = 0.0
         for group in groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             are_factored = [_is_factored(p) for p in parameters]
-            squares += self._measured[id(group)].measure(local_gradients(parameters), are_factored)
-        return torch.tensor(math.sqrt(squares))
-
-    def fill(self, groups: Sequence[Group], grad_norm: Tensor, origins: Sequence[Tensor]) -> None:
-        """As :meth:`Rule.fill`, with what :meth:`measure` has kept."""
-        try:
-            super().fill(groups, grad_norm, origins)
-        finally:
-            for measured in self._measured.values():
-                measured.release()
+            squares += self._sums[id(group)].measure(local_gradients(parameters), are_factored)
+        return native.root(squares)
 
     def _fill(
         self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
-        states = [self.state[p] for p in parameters]
+        sums, states = self._sums[id(group)], [self.state[p] for p in parameters]
+        sums.check(origins, self.second, states)
         old, new = self._decay(group)
-        self._measured[id(group)].move(
-            origins,
-            parameters,
-            [state.get(f"{self.second}_row") for state in states],
-            [state[f"{self.second}_col" if f"{self.second}_col" in state else self.second] for state in states],
-            self._first_moments(states),
+        sums.move(
+            *(origins, gradients, parameters, self.second, states),
             lrs=self._step_sizes(group, states),
             old=old,
             new=new,
@@ -157,16 +146,12 @@ class _Factored(Rule):
             smallest=SMALLEST,
         )
 
-    def _first_moments(self, states: Sequence[dict[str, Any]]) -> list[Tensor] | None:
-        """Return the first moments of parameters with these states (default: there are none)."""
-        return None
-
     def _step_sizes(self, group: Group, states: Sequence[dict[str, Any]]) -> list[float]:
         """Count a step of parameters with these states; return their step sizes, corrected for the bias."""
         return [group["lr"]] * len(states)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_measured": {}}
+        return {**super().__getstate__(), "_sums": {}}
 
     def _decay(self, group: Group) -> tuple[float, float]:
         """Return what the moments keep of themselves, and what they take of the squares."""
@@ -191,7 +176,7 @@ def _is_factored(parameter: Tensor) -> bool:
     if parameter.dim() < 2:
         return False
     rows, columns = parameter.shape[-2:]
-    return 2 * (rows + columns) <= rows * columns
+    return 0 < 2 * (rows + columns) <= rows * columns
 
 
 def _blocks(parameter: Tensor) -> Iterator[Any]:
@@ -260,9 +245,6 @@ class FactoredAdam(_Factored, Adam):
         # Of a first step that is skipped nothing is used: 1, and not 0 / 0.
         first, second = (1.0 - beta ** step.to(parameter.dtype).clamp(min=1.0) for beta in group["betas"])
         return second.sqrt() / first
-
-    def _first_moments(self, states: Sequence[dict[str, Any]]) -> list[Tensor] | None:
-        return [state["exp_avg"] for state in states]
 
     def _step_sizes(self, group: Group, states: Sequence[dict[str, Any]]) -> list[float]:
         steps = [state["step"] for state in states]

@@ -8,7 +8,7 @@ what torch's do, up to rounding; the bits do not depend on the number of threads
 """
 
 from .build import can_take, library
-from .elementwise import adagrad, adam, scaled, total_norm
-from .factored import FactoredGradients
+from .elementwise import adagrad, adam, root, scaled, total_norm
+from .factored import FactoredSums
 
-__all__ = ["FactoredGradients", "adagrad", "adam", "can_take", "library", "scaled", "total_norm"]
+__all__ = ["FactoredSums", "adagrad", "adam", "can_take", "library", "root", "scaled", "total_norm"]

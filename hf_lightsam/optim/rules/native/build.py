@@ -80,21 +80,31 @@ def pointers(tensors: Sequence[Tensor]) -> Any:
     return numbers(ctypes.c_void_p, [tensor.data_ptr() for tensor in tensors])
 
 
-def check_state(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
-    """Refuse what a kernel would read beyond: a state made when the weights had another dtype or size.
+def check_state(
+    name: str,
+    tensor: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    like: Tensor | None = None,
+) -> None:
+    """Refuse what a kernel would pair wrongly, or read beyond: a state made when the weights were others.
 
     Args:
         name: Of the state.
-        tensors: The state.
-        sizes: How many elements each is to have.
-        dtype: Of which dtype.
+        tensor: The state, if there is one.
+        shape: Which it is to have.
+        dtype: Likewise.
+        like: Whose strides it is to have; None: contiguous.
 
     Raises:
-        UsageError: For another dtype or size.
+        UsageError: If it has others.
     """
-    for tensor, size in zip(tensors, sizes, strict=True):
-        if tensor.dtype != dtype or tensor.numel() != size:
-            raise UsageError(
-                f"state: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, for weights in float32 that need "
-                f"{size} elements in {dtype}: make the optimizer after the model is changed"
-            )
+    if tensor is not None and tensor.dtype == dtype and tensor.shape == torch.Size(shape):
+        is_laid_out = tensor.is_contiguous() if like is None else same_layout(like, tensor)
+        if is_laid_out:
+            return
+    found = "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+    raise UsageError(
+        f"state: {name} is {found}, for weights that need {dtype} of shape {tuple(shape)}, laid out as they are: make "
+        "the optimizer after the model is changed"
+    )

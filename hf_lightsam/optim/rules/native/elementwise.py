@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....tensors import same_layout
 from .build import check_state, library, numbers, pointers
 
 BLOCK = 4096
@@ -30,7 +30,15 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     sizes = _sizes(gradients)
     partial = np.empty(_head(sizes)[2][-1], np.float64)
     _call("squares", sizes, pointers(gradients), ctypes.c_void_p(partial.ctypes.data))
-    return torch.tensor(math.sqrt(partial.sum()), dtype=torch.float32)  # NumPy's sum does not depend on threads
+    return root(float(partial.sum()))  # NumPy's sum does not depend on threads
+
+
+def root(squares: float) -> Tensor:
+    """Return the root of a sum of squares, a float32 scalar: infinite where float32 cannot hold the sum, as torch's is.
+
+    So no gradient is taken whose square would overflow somewhere.
+    """
+    return torch.tensor(squares, dtype=torch.float32).sqrt()
 
 
 def scaled(origins: Sequence[Tensor], gradients: Sequence[Tensor], targets: Sequence[Tensor], scale: float) -> None:
@@ -48,10 +56,10 @@ def adagrad(
     """Add the gradients' squares to ``sums``, and write ``origins + lr * gradients / sqrt(sums)`` to ``targets``.
 
     Raises:
-        UsageError: For sums that are not float32, or of another size.
+        UsageError: For sums that are not float32, or not laid out as the weights.
     """
     sizes = _sizes(origins)
-    check_state("sum", sums, sizes)
+    _check_all("sum", sums, origins)
     _call("adagrad", sizes, *map(pointers, (origins, gradients, targets, sums)), ctypes.c_float(lr))
 
 
@@ -85,15 +93,21 @@ def adam(
         bias_correction: Divide the moments by ``1 - beta**step``.
 
     Raises:
-        UsageError: For moments that are not float32, or of another size.
+        UsageError: For moments that are not float32, or not laid out as the weights.
     """
     sizes = _sizes(origins)
-    check_state("exp_avg", exp_avgs, sizes)
-    check_state("exp_avg_sq", exp_avg_sqs, sizes)
+    _check_all("exp_avg", exp_avgs, origins)
+    _check_all("exp_avg_sq", exp_avg_sqs, origins)
     lists = (origins, gradients, targets, exp_avgs, exp_avg_sqs, steps)
     options = (*map(ctypes.c_double, (lr, *betas)), ctypes.c_float(eps), ctypes.c_int(bias_correction))
     room = ctypes.c_float * len(origins)
     _call("adam", sizes, *map(pointers, lists), *options, room(), room())
+
+
+def _check_all(name: str, states: Sequence[Tensor], origins: Sequence[Tensor]) -> None:
+    for state, origin in zip(states, origins, strict=True):
+        if state.dtype != torch.float32 or not same_layout(origin, state):
+            check_state(name, state, origin.shape, like=origin)
 
 
 def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ PIECE = 1 << 16
 """Weights of a strip, about, and of a piece of a vector: what a thread takes at a time."""
 
 LEAST_ROWS = 128
-"""Of a strip, where a matrix has as many: each strip has sums of all its columns, less than 1 % of the weights."""
+"""Of a strip, where a matrix has as many: each strip has sums of all its columns."""
 
 MOST_STRIPS = 256
 """Of a matrix: their sums are added up by one thread."""
@@ -43,7 +43,7 @@ class _Matrices:
         strips: Rows that a thread takes at a time.
         first: Number of each matrix's first strip, and of all strips.
         row_start: Where a matrix begins in a list of all rows.
-        column_start: Where it does in a list of the columns of all strips.
+        column_start: Where it does in a list of the columns of all strips, in which vectors have no place.
         sizes: Length of the two lists.
     """
 
@@ -59,6 +59,11 @@ class _Matrices:
     column_start: Numbers
     sizes: tuple[int, int]
 
+    @property
+    def layout(self) -> tuple[Numbers, ...]:
+        """What most kernels are told."""
+        return self.rows, self.columns, self.strips, self.first, self.row_start, self.column_start
+
     def places(self, tensors: Sequence[Tensor], offset: Numbers | None = None) -> Numbers:
         """Return where each matrix begins: in the tensors, or with ``offset`` in others that belong to them."""
         starts = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
@@ -66,7 +71,7 @@ class _Matrices:
         return starts[self.tensor] + each * tensors[0].element_size()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _cut(shapes: tuple[tuple[int, ...], ...], are_factored: tuple[bool, ...]) -> _Matrices:
     """Return how tensors of these shapes are cut."""
     found: list[tuple[int, ...]] = []
@@ -86,7 +91,7 @@ def _cut(shapes: tuple[tuple[int, ...], ...], are_factored: tuple[bool, ...]) ->
     number_of_strips = -(-rows_ // strips)
     first, row_start, column_start = (
         np.concatenate([[0], np.cumsum(each)]).astype(np.int64)
-        for each in (number_of_strips, rows_, number_of_strips * columns_)
+        for each in (number_of_strips, rows_, np.where(row_offset < 0, 0, number_of_strips * columns_))
     )
     return _Matrices(
         *(tensor, offset, row_offset, column_offset, rows_, columns_, strips),
@@ -95,46 +100,63 @@ def _cut(shapes: tuple[tuple[int, ...], ...], are_factored: tuple[bool, ...]) ->
     )
 
 
-class FactoredGradients:
-    """Gradients that are measured, and then moved along, with room for sums over rows and columns that is made once.
+class FactoredSums:
+    """Sums of squares over rows and columns, with room for them that is made once: :meth:`measure`, then :meth:`move`.
 
-    ``measure``, then ``move`` once, as it uses the sums up; ``release`` in any case.
+    The room is less than 1 % of the weights; where matrices are tiny, as the kernels of convolutions are, up to a half.
     """
 
     def __init__(self) -> None:
         self._cut = _cut((), ())
-        self._gradients: Sequence[Tensor] = ()
+        self._are_factored: tuple[bool, ...] = ()
 
     def measure(self, gradients: Sequence[Tensor], are_factored: Sequence[bool]) -> float:
         """Sum up the squares over rows and over columns, in one pass, and return the sum of all.
 
         Args:
-            gradients: Float32, contiguous, on the CPU; held until :meth:`release`.
+            gradients: Float32, contiguous, on the CPU.
             are_factored: Which of them have moments of rows and columns.
         """
         if not gradients:
             return 0.0
-        cut = _cut(tuple([tuple(gradient.shape) for gradient in gradients]), tuple(are_factored))
+        self._are_factored = tuple(are_factored)
+        cut = _cut(tuple([tuple(gradient.shape) for gradient in gradients]), self._are_factored)
         if cut is not self._cut:
             rows, columns = cut.sizes
             self._row_sums, self._row_factors = np.empty(rows, np.float64), np.empty(rows, np.float32)
             self._column_sums = np.empty(columns, np.float32)
-        self._cut, self._gradients = cut, gradients
-        layout = (cut.rows, cut.columns, cut.strips, cut.first, cut.row_start, cut.column_start)
-        self._call("sums", *layout, cut.places(gradients), self._row_sums, self._column_sums)
+            self._cut = cut
+        self._call("sums", *cut.layout, cut.places(gradients), self._row_sums, self._column_sums)
         return float(self._row_sums.sum())
 
-    def release(self) -> None:
-        """Let the gradients go."""
-        self._gradients = ()
+    def check(self, origins: Sequence[Tensor], second: str, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Refuse state that is not laid out as the weights are, or was made when they had another dtype or shape.
+
+        Args:
+            origins: Weights whose gradients were measured.
+            second: Name of the second moments; those of rows and columns have it with ``_row`` and ``_col``.
+            states: State of each: these, and ``exp_avg`` in bfloat16 if there is one.
+
+        Raises:
+            UsageError: If it is not.
+        """
+        for origin, is_factored, state in zip(origins, self._are_factored, states, strict=True):
+            if is_factored:
+                *batch, rows, columns = origin.shape
+                check_state(f"{second}_row", state.get(f"{second}_row"), (*batch, rows, 1))
+                check_state(f"{second}_col", state.get(f"{second}_col"), (*batch, 1, columns))
+            else:
+                check_state(second, state.get(second), origin.shape)
+            if "exp_avg" in state:
+                check_state("exp_avg", state["exp_avg"], origin.shape, torch.bfloat16)
 
     def move(
         self,
         origins: Sequence[Tensor],
+        gradients: Sequence[Tensor],
         targets: Sequence[Tensor],
-        row_moments: Sequence[Tensor | None],
-        column_moments: Sequence[Tensor],
-        first_moments: Sequence[Tensor] | None,
+        second: str,
+        states: Sequence[Mapping[str, Tensor]],
         *,
         lrs: Sequence[float],
         old: float,
@@ -147,58 +169,39 @@ class FactoredGradients:
         .. math::
             r &= old \, r + new \operatorname{mean}_{columns}(g^2), \qquad
             c = old \, c + new \operatorname{mean}_{rows}(g^2), \\
-            m &= m + share (g - m), \qquad w = x + lr \, m / \sqrt{r c / \operatorname{mean}(r)}
+            m &= (1 - share) m + share \, g, \qquad w = x + lr \, m / \sqrt{r c / \operatorname{mean}(r)}
+
+        Once for what was measured, as the sums are used up.
 
         Args:
             origins: Weights.
+            gradients: As they were measured.
             targets: Where to.
-            row_moments: r of each tensor that is factored, None of each that is not. Updated in place.
-            column_moments: c, or second moments in full. Likewise.
-            first_moments: m in bfloat16, likewise; None for the gradients themselves.
+            second: As for :meth:`check`, which comes first.
+            states: Likewise. Updated in place.
             lrs: Step size of each tensor.
             old: What second moments keep of themselves.
             new: What they take of the squares.
-            share: What first moments take of the gradients.
+            share: What first moments take of the gradients; where there are none the gradients are in their place.
             smallest: Floor of the ratios under a square root.
-
-        Raises:
-            UsageError: For state of another dtype or size than the weights'.
         """
         cut = self._cut
-        self._check(origins, row_moments, column_moments, first_moments)
-        layout = (cut.rows, cut.columns, cut.strips, cut.first, cut.row_start, cut.column_start)
-        # A vector has no moments of rows: in their place is 0, whatever is worked out for it.
-        in_place = [column if row is None else row for row, column in zip(row_moments, column_moments, strict=True)]
-        rows = np.where(cut.row_offset < 0, 0, cut.places(in_place, cut.row_offset))
-        self._call(
-            "take_up",
-            *(cut.rows, cut.columns, cut.first, cut.row_start, cut.column_start, self._row_sums, self._column_sums),
-            rows,
-            cut.places(column_moments, cut.column_offset),
-            np.array(lrs, np.float64)[cut.tensor],
-            self._row_factors,
-            *map(ctypes.c_double, (old, new)),
-            ctypes.c_float(smallest),
+        full = [state[second if second in state else f"{second}_col"] for state in states]
+        # A vector has no moments of rows: what is worked out for it is not looked at.
+        rows = cut.places(
+            [state.get(f"{second}_row", c) for state, c in zip(states, full, strict=True)], cut.row_offset
         )
-        kept = np.zeros(len(cut.tensor), np.int64) if first_moments is None else cut.places(first_moments)
-        places = [cut.places(tensors) for tensors in (origins, self._gradients, targets)]
-        self._call("move", *layout, *places, kept, self._row_factors, self._column_sums, ctypes.c_float(share))
-
-    def _check(
-        self,
-        origins: Sequence[Tensor],
-        row_moments: Sequence[Tensor | None],
-        column_moments: Sequence[Tensor],
-        first_moments: Sequence[Tensor] | None,
-    ) -> None:
-        for origin, row, column in zip(origins, row_moments, column_moments, strict=True):
-            if row is None:
-                check_state("second moment", [column], [origin.numel()])
-            else:
-                height, width = origin.shape[-2:]
-                check_state("second moment", [row, column], [origin.numel() // width, origin.numel() // height])
-        if first_moments is not None:
-            check_state("exp_avg", first_moments, [origin.numel() for origin in origins], torch.bfloat16)
+        columns = cut.places(full, cut.column_offset)
+        numbers = (*map(ctypes.c_double, (old, new)), ctypes.c_float(smallest))
+        sums = (self._row_sums, self._column_sums)
+        scales = np.array(lrs, np.float64)[cut.tensor]
+        layout = (cut.rows, cut.columns, cut.first, cut.row_start, cut.column_start)
+        self._call("take_up", *layout, *sums, rows, columns, scales, self._row_factors, *numbers)
+        first = [state["exp_avg"] for state in states if "exp_avg" in state]
+        moments = cut.places(first) if first else np.zeros(len(cut.tensor), np.int64)
+        places = [cut.places(tensors) for tensors in (origins, gradients, targets)]
+        factors = (self._row_factors, self._column_sums)
+        self._call("move", *cut.layout, *places, moments, columns, *factors, *numbers, ctypes.c_double(share))
 
     def _call(self, name: str, *arguments: Any) -> None:
         """Call a kernel with arrays and C's numbers, with as many threads as torch has."""
