@@ -87,7 +87,7 @@ def can_leave_storage(parameters: Sequence[Tensor], copies: Sequence[Tensor], ev
     passes; not shards, which their engine holds too; not views, nor parameters that share a storage with others of
     ``everyone``. (Another tensor on the storage of a parameter, as those of a ``state_dict``, does not see the move.)
     """
-    storages = {id(p): p.untyped_storage() for p in everyone if _is_plain(p)}
+    storages = {id(p): p.untyped_storage() for p in everyone if is_plain(p)}
     owners = Counter(storages[id(p)].data_ptr() for p in everyone if id(p) in storages)
 
     def can_leave(parameter: Tensor, copy: Tensor) -> bool:
@@ -102,7 +102,8 @@ def can_leave_storage(parameters: Sequence[Tensor], copies: Sequence[Tensor], ev
     return [can_leave(parameter, copy) for parameter, copy in zip(parameters, copies, strict=True)]
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of no subclass but a parameter, and in memory of the host."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 

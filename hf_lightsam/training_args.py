@@ -343,7 +343,8 @@ class LightSAMTrainingArguments(TrainingArguments):
             recipe, arguments = optimizer_arguments(self)
             recipe.optimizer.plan_class.check_cheaper(cheaper)
             recipe.optimizer.check_saved_weights(self.saved_weights or "device")
-            recipe.example(arguments).use_ascent_kernels(self.ascent_kernels or "torch")
+            if self.ascent_kernels is not None:
+                recipe.example(arguments).use_ascent_kernels(self.ascent_kernels)
             if self.validation_fraction is not None and not recipe.optimizer.plan_class.needs_validation:
                 raise UsageError(
                     f"validation_fraction={self.validation_fraction!r}: optim={recipe.name!r} learns on no rows kept "

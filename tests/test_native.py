@@ -400,7 +400,6 @@ def test_a_checkpoint_of_weights_laid_out_otherwise(whose: str) -> None:
 
 def test_a_count_of_steps_that_was_saved_in_float64() -> None:
     (parameter,) = weights([(9,)])
-    state = make("lightsam_adam", [parameter]).state_dict()
     optimizer = make("lightsam_adam", [parameter])
     give_gradients([parameter], 0)
     with optimizer.perturbed():

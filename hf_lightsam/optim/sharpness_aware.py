@@ -761,8 +761,10 @@ def _lay_out_as_parameters(states: Mapping[Tensor, dict[str, Any]]) -> None:
     A checkpoint has those of the model it was written of, which may have had another ``memory_format``.
     """
     for parameter, state in states.items():
+        if type(parameter) not in (Tensor, nn.Parameter):
+            continue
         for name, value in state.items():
-            if type(value) is not Tensor or type(parameter) not in (Tensor, nn.Parameter):
+            if type(value) is not Tensor:
                 continue
             if value.shape != parameter.shape:
                 state[name] = value.contiguous()

@@ -224,7 +224,7 @@ class Request:
             dropped.add("validation_fraction")  # the other methods refuse it
         if method.name not in RECIPES or RECIPES[method.name].optimizer.reads_saved_weights:
             dropped.add("saved_weights")
-        if not _has_native_ascent(method):
+        if "ascent_kernels" in values and not _has_native_ascent(method):
             dropped.add("ascent_kernels")
         possible = RECIPES[method.name].optimizer.plan_class.cheaper_options if method.name in RECIPES else ()
         dropped |= set(_CHEAPER) - {f"ascent_{name}" for name in possible}  # likewise

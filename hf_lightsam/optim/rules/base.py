@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -168,12 +169,10 @@ class Rule(torch.optim.Optimizer, ABC):
             copy_(everyone, origins)
             return
         self._prepare(everyone, grad_norm, None)
-        done = 0
+        rest = iter(origins)
         for group, parameters in members:
             if parameters:
-                of_group = origins[done : done + len(parameters)]
-                self._fill(group, parameters, of_group, local_gradients(parameters))
-                done += len(parameters)
+                self._fill(group, parameters, list(islice(rest, len(parameters))), local_gradients(parameters))
 
     def _fill(
         self, group: Group, parameters: Sequence[Tensor], origins: Sequence[Tensor], gradients: Sequence[Tensor]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....errors import UsageError
-from ....tensors import same_layout
+from ....tensors import is_plain, same_layout
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("elementwise.c", "factored.c"))
 
@@ -67,7 +67,7 @@ def can_take(parameters: Sequence[Tensor]) -> bool:
 
 def is_of_a_kind(tensor: Tensor) -> bool:
     """Whether a tensor's elements are float32 numbers in memory of the host."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return is_plain(tensor) and tensor.dtype == torch.float32
 
 
 def numbers(kind: Any, values: Sequence[Any]) -> Any:
@@ -80,29 +80,23 @@ def pointers(tensors: Sequence[Tensor]) -> Any:
     return numbers(ctypes.c_void_p, [tensor.data_ptr() for tensor in tensors])
 
 
-def check_state(
-    name: str,
-    tensor: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype = torch.float32,
-    like: Tensor | None = None,
-) -> None:
+def call(name: str, *arguments: Any) -> None:
+    """Call a kernel, with as many threads as torch has."""
+    getattr(library(), name)(*arguments, ctypes.c_int(torch.get_num_threads()))
+
+
+def refuse_state(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Refuse what a kernel would pair wrongly, or read beyond: a state made when the weights were others.
 
     Args:
         name: Of the state.
         tensor: The state, if there is one.
-        shape: Which it is to have.
+        shape: Which it should have.
         dtype: Likewise.
-        like: Whose strides it is to have; None: contiguous.
 
     Raises:
-        UsageError: If it has others.
+        UsageError: Always.
     """
-    if tensor is not None and tensor.dtype == dtype and tensor.shape == torch.Size(shape):
-        is_laid_out = tensor.is_contiguous() if like is None else same_layout(like, tensor)
-        if is_laid_out:
-            return
     found = "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}"
     raise UsageError(
         f"state: {name} is {found}, for weights that need {dtype} of shape {tuple(shape)}, laid out as they are: make "

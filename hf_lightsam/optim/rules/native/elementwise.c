@@ -17,8 +17,6 @@ static Block find(int64_t number, int64_t n, const int64_t *sizes, const int64_t
     return (Block){tensor, start, least(BLOCK, sizes[tensor] - start)};
 }
 
-static int is_large(int64_t n, const int64_t *first) { return first[n] > STREAMED / BLOCK; }
-
 /* partial[b] = sum of the squares in block b */
 void squares(int64_t n, const int64_t *sizes, const int64_t *first, float *const *gradients, double *partial,
              int threads) {
@@ -29,48 +27,40 @@ void squares(int64_t n, const int64_t *sizes, const int64_t *first, float *const
     }
 }
 
+/* Writes what becomes of the weights to targets: each, for weight i of a block, sets moved[j] from its x[i] and g[i], and
+   from what of_block declares. */
+#define MOVE(of_block, each)                                                                                           \
+    int is_streamed = first[n] > STREAMED / BLOCK;                                                                     \
+    _Pragma("omp parallel for schedule(static) num_threads(threads)")                                                  \
+    for (int64_t number = 0; number < first[n]; number++) {                                                            \
+        Block block = find(number, n, sizes, first);                                                                   \
+        const float *restrict x = origins[block.tensor] + block.start;                                                 \
+        const float *restrict g = gradients[block.tensor] + block.start;                                               \
+        float *w = targets[block.tensor] + block.start, moved[TILE];                                                   \
+        of_block;                                                                                                      \
+        for (int64_t tile = 0; tile < block.length; tile += TILE) {                                                    \
+            int64_t length = least(TILE, block.length - tile);                                                         \
+            for (int64_t j = 0; j < length; j++) {                                                                     \
+                int64_t i = tile + j;                                                                                  \
+                each;                                                                                                  \
+            }                                                                                                          \
+            put(w + tile, moved, length, is_streamed);                                                                 \
+        }                                                                                                              \
+        fence();                                                                                                       \
+    }
+
 /* targets = origins + scale * gradients */
 void scaled(int64_t n, const int64_t *sizes, const int64_t *first, float *const *origins, float *const *gradients,
             float *const *targets, float scale, int threads) {
-    int is_streamed = is_large(n, first);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t number = 0; number < first[n]; number++) {
-        Block block = find(number, n, sizes, first);
-        const float *restrict x = origins[block.tensor] + block.start;
-        const float *restrict g = gradients[block.tensor] + block.start;
-        float *w = targets[block.tensor] + block.start, moved[TILE];
-        for (int64_t tile = 0; tile < block.length; tile += TILE) {
-            int64_t length = least(TILE, block.length - tile);
-            for (int64_t j = 0; j < length; j++)
-                moved[j] = x[tile + j] + scale * g[tile + j];
-            put(w + tile, moved, length, is_streamed);
-        }
-        fence();
-    }
+    MOVE(, moved[j] = x[i] + scale * g[i])
 }
 
 /* sums += gradients^2; targets = origins + lr * gradients / sqrt(sums) */
 void adagrad(int64_t n, const int64_t *sizes, const int64_t *first, float *const *origins, float *const *gradients,
              float *const *targets, float *const *sums, float lr, int threads) {
-    int is_streamed = is_large(n, first);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t number = 0; number < first[n]; number++) {
-        Block block = find(number, n, sizes, first);
-        const float *restrict x = origins[block.tensor] + block.start;
-        const float *restrict g = gradients[block.tensor] + block.start;
-        float *restrict u = sums[block.tensor] + block.start;
-        float *w = targets[block.tensor] + block.start, moved[TILE];
-        for (int64_t tile = 0; tile < block.length; tile += TILE) {
-            int64_t length = least(TILE, block.length - tile);
-            for (int64_t j = 0; j < length; j++) {
-                int64_t i = tile + j;
-                u[i] += g[i] * g[i];
-                moved[j] = x[i] + lr * g[i] / sqrtf(u[i]);
-            }
-            put(w + tile, moved, length, is_streamed);
-        }
-        fence();
-    }
+    MOVE(float *restrict u = sums[block.tensor] + block.start,
+         u[i] += g[i] * g[i];
+         moved[j] = x[i] + lr * g[i] / sqrtf(u[i]))
 }
 
 /* steps += 1; firsts, seconds = averages of -gradients and of gradients^2, as torch keeps them where it maximizes;
@@ -79,32 +69,17 @@ void adagrad(int64_t n, const int64_t *sizes, const int64_t *first, float *const
 void adam(int64_t n, const int64_t *sizes, const int64_t *first, float *const *origins, float *const *gradients,
           float *const *targets, float *const *firsts, float *const *seconds, float *const *steps, double lr,
           double beta1, double beta2, float eps, int is_corrected, float *rates, float *roots, int threads) {
-    int is_streamed = is_large(n, first);
     float keep1 = beta1, keep2 = beta2, add1 = 1 - beta1, add2 = 1 - beta2;
     for (int64_t k = 0; k < n; k++) {
         steps[k][0] += 1;
         rates[k] = is_corrected ? lr / (1 - pow(beta1, steps[k][0])) : lr;
         roots[k] = is_corrected ? 1 / sqrt(1 - pow(beta2, steps[k][0])) : 1;
     }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t number = 0; number < first[n]; number++) {
-        Block block = find(number, n, sizes, first);
-        const float *restrict x = origins[block.tensor] + block.start;
-        const float *restrict g = gradients[block.tensor] + block.start;
-        float *restrict r = firsts[block.tensor] + block.start;
-        float *restrict u = seconds[block.tensor] + block.start;
-        float *w = targets[block.tensor] + block.start, moved[TILE];
-        float rate = rates[block.tensor], root = roots[block.tensor];
-        for (int64_t tile = 0; tile < block.length; tile += TILE) {
-            int64_t length = least(TILE, block.length - tile);
-            for (int64_t j = 0; j < length; j++) {
-                int64_t i = tile + j;
-                r[i] = keep1 * r[i] - add1 * g[i];
-                u[i] = keep2 * u[i] + add2 * g[i] * g[i];
-                moved[j] = x[i] - rate * r[i] / (sqrtf(u[i]) * root + eps);
-            }
-            put(w + tile, moved, length, is_streamed);
-        }
-        fence();
-    }
+    MOVE(float *restrict r = firsts[block.tensor] + block.start;
+         float *restrict u = seconds[block.tensor] + block.start;
+         float rate = rates[block.tensor];
+         float root = roots[block.tensor],
+         r[i] = keep1 * r[i] - add1 * g[i];
+         u[i] = keep2 * u[i] + add2 * g[i] * g[i];
+         moved[j] = x[i] - rate * r[i] / (sqrtf(u[i]) * root + eps))
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ....tensors import same_layout
-from .build import check_state, library, numbers, pointers
+from .build import call, numbers, pointers, refuse_state
 
 BLOCK = 4096
 """As in the source."""
@@ -29,7 +29,7 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """
     sizes = _sizes(gradients)
     partial = np.empty(_head(sizes)[2][-1], np.float64)
-    _call("squares", sizes, pointers(gradients), ctypes.c_void_p(partial.ctypes.data))
+    call("squares", *_head(sizes), pointers(gradients), ctypes.c_void_p(partial.ctypes.data))
     return root(float(partial.sum()))  # NumPy's sum does not depend on threads
 
 
@@ -43,7 +43,7 @@ def root(squares: float) -> Tensor:
 
 def scaled(origins: Sequence[Tensor], gradients: Sequence[Tensor], targets: Sequence[Tensor], scale: float) -> None:
     """Write ``origins + scale * gradients`` to ``targets``."""
-    _call("scaled", _sizes(origins), *map(pointers, (origins, gradients, targets)), ctypes.c_float(scale))
+    call("scaled", *_head(_sizes(origins)), *map(pointers, (origins, gradients, targets)), ctypes.c_float(scale))
 
 
 def adagrad(
@@ -60,7 +60,7 @@ def adagrad(
     """
     sizes = _sizes(origins)
     _check_all("sum", sums, origins)
-    _call("adagrad", sizes, *map(pointers, (origins, gradients, targets, sums)), ctypes.c_float(lr))
+    call("adagrad", *_head(sizes), *map(pointers, (origins, gradients, targets, sums)), ctypes.c_float(lr))
 
 
 def adam(
@@ -101,13 +101,13 @@ def adam(
     lists = (origins, gradients, targets, exp_avgs, exp_avg_sqs, steps)
     options = (*map(ctypes.c_double, (lr, *betas)), ctypes.c_float(eps), ctypes.c_int(bias_correction))
     room = ctypes.c_float * len(origins)
-    _call("adam", sizes, *map(pointers, lists), *options, room(), room())
+    call("adam", *_head(sizes), *map(pointers, lists), *options, room(), room())
 
 
 def _check_all(name: str, states: Sequence[Tensor], origins: Sequence[Tensor]) -> None:
     for state, origin in zip(states, origins, strict=True):
         if state.dtype != torch.float32 or not same_layout(origin, state):
-            check_state(name, state, origin.shape, like=origin)
+            refuse_state(name, state, origin.shape, torch.float32)
 
 
 def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -119,8 +119,3 @@ def _head(sizes: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """Return what all kernels are told first: how many tensors, their sizes, and how blocks are numbered."""
     first = [0, *accumulate(-(-size // BLOCK) for size in sizes)]
     return ctypes.c_int64(len(sizes)), numbers(ctypes.c_int64, sizes), numbers(ctypes.c_int64, first)
-
-
-def _call(name: str, sizes: tuple[int, ...], *arguments: Any) -> None:
-    """Call a kernel, with as many threads as torch has."""
-    getattr(library(), name)(*_head(sizes), *arguments, ctypes.c_int(torch.get_num_threads()))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .build import check_state, library
+from .build import call, refuse_state
 
 PIECE = 1 << 16
 """Weights of a strip, about, and of a piece of a vector: what a thread takes at a time."""
@@ -143,12 +143,12 @@ class FactoredSums:
         for origin, is_factored, state in zip(origins, self._are_factored, states, strict=True):
             if is_factored:
                 *batch, rows, columns = origin.shape
-                check_state(f"{second}_row", state.get(f"{second}_row"), (*batch, rows, 1))
-                check_state(f"{second}_col", state.get(f"{second}_col"), (*batch, 1, columns))
+                _check(f"{second}_row", state.get(f"{second}_row"), (*batch, rows, 1))
+                _check(f"{second}_col", state.get(f"{second}_col"), (*batch, 1, columns))
             else:
-                check_state(second, state.get(second), origin.shape)
+                _check(second, state.get(second), origin.shape)
             if "exp_avg" in state:
-                check_state("exp_avg", state["exp_avg"], origin.shape, torch.bfloat16)
+                _check("exp_avg", state["exp_avg"], origin.shape, torch.bfloat16)
 
     def move(
         self,
@@ -204,7 +204,11 @@ class FactoredSums:
         self._call("move", *cut.layout, *places, moments, columns, *factors, *numbers, ctypes.c_double(share))
 
     def _call(self, name: str, *arguments: Any) -> None:
-        """Call a kernel with arrays and C's numbers, with as many threads as torch has."""
+        """Call a kernel with arrays and C's numbers."""
         given = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in arguments]
-        threads = ctypes.c_int(torch.get_num_threads())
-        getattr(library(), name)(ctypes.c_int64(len(self._cut.tensor)), *given, threads)
+        call(name, ctypes.c_int64(len(self._cut.tensor)), *given)
+
+
+def _check(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+    if tensor is None or tensor.dtype != dtype or tensor.shape != torch.Size(shape) or not tensor.is_contiguous():
+        refuse_state(name, tensor, shape, dtype)
